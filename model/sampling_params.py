@@ -1,0 +1,38 @@
+"""How one sequence's tokens are chosen. Imports no torch; knows nothing of stop strings, which are text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GREEDY_BELOW = 1e-5  # a smaller temperature would overflow the division; it means argmax anyway
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """The engine's copy of the wire's sampling fields; ranges were checked when the request was parsed.
+
+    The uniform number that picks the token at a position is a function of (seed, choice, position) and of nothing
+    else, so a sequence can be replayed, preempted or batched without changing a byte of it.
+    """
+
+    seed: int  # 64 bits, signed or not; drawn at admission when the client gave none
+    choice: int = 0  # which of the n (or best_of) samples of one prompt
+    max_tokens: int = 16
+    min_tokens: int = 0  # EOS and stop_token_ids cannot be sampled before it
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # 0 is on: the sampled token's alone
+    prompt_logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW or self.top_p == 0.0 or self.top_k == 1

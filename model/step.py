@@ -1,0 +1,74 @@
+"""What the scheduler asks of the runner in one step, and what comes back. Imports no torch.
+
+The runner keeps a row of state (tokens, sampling state, block table) for every sequence between `added` and `removed`,
+so a plan names only what changed. A preempted sequence is removed, and added again with the tokens it has by then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from model.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence the runner has no row for: a fresh one, or one that resumes with `output` generated before."""
+
+    id: int
+    prompt: list[int]
+    output: list[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """Compute tokens [start, start + count) of a sequence; their keys and values go to its block table."""
+
+    id: int
+    start: int
+    count: int
+    first_block: int  # block_table[first_block:] = blocks, before the step runs
+    blocks: list[int]
+    samples: bool  # the chunk reaches the sequence's last token, and a next one is wanted
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    removed: list[int]
+    added: list[NewSequence]
+    chunks: list[ScheduledChunk]
+
+    @property
+    def tokens(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Raw log-softmax of the model's logits: the token's own, and the most likely ones in falling order."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    id: int  # of the sequence
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Scores of prompt tokens [start, start + len(rows)); the very first token of a prompt has none and no row."""
+
+    id: int
+    start: int
+    rows: list[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    sampled: list[SampledToken] = field(default_factory=list)  # in the order of the chunks that sample
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)

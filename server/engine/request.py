@@ -1,0 +1,94 @@
+"""What the api asks of the engine, and what it gets back. Token ids and text; nothing of JSON or HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from model.sampling_params import SamplingParams
+from server.worker.messages import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    token_ids: list[int]  # never empty
+    text: str  # as echo shows it: decoded ids, bytes that are no UTF-8 as U+FFFD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One completion call, tokenised and right by construction. It has len(prompts) x n choices."""
+
+    id: str  # "cmpl-…"
+    prompts: list[Prompt]
+    params: SamplingParams  # of choice 0; choice k differs by `choice` alone
+    n: int = 1
+    best_of: int = 1  # >= n; the n of best mean log-probability are returned
+    stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
+    echo: bool = False
+    priority: int = 0
+    salt: bytes = b""
+    key_name: str = ""  # whose request it is, for metrics and per-key limits; "" without keys
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """One row of the legacy logprobs object."""
+
+    token: str  # its text, or "bytes:\\xNN…" where the bytes are no UTF-8 by themselves
+    token_id: int
+    logprob: float | None  # None for the first token of an echoed prompt
+    top: dict[str, float] | None  # None where alternatives were not asked for, and beside a None logprob
+    text_offset: int  # completed characters before it, counted from the start of the prompt
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """What one choice gained. The deltas of a choice, joined, are its answer; the last one has a finish reason."""
+
+    index: int  # prompt * n + k
+    text: str
+    token_ids: list[int]
+    tokens: list[TokenInfo] | None  # rows for logprobs, where asked for
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or the token id that ended it; None for EOS
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int  # each prompt once, however many choices
+    completion_tokens: int  # all candidates, the losers of best_of too
+    cached_tokens: int
+
+
+class Generation(Protocol):
+    """A running request. Iterate it to the end, or close it: leaving it is what frees its blocks."""
+
+    def __aiter__(self) -> Generation: ...
+    async def __anext__(self) -> ChoiceDelta: ...
+    @property
+    def usage(self) -> Usage:
+        """What has been used so far; final after the last delta."""
+        ...
+
+    async def aclose(self) -> None:
+        """Aborts what still runs. Idempotent; called in a `finally` by whoever iterates."""
+        ...
+
+
+class GenerationEngine(Protocol):
+    """What the api needs of the engine. Tests put a scripted one in its place."""
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Admit the request or refuse it, before any work is done.
+
+        Raises server.errors.Overloaded (queue full, draining, no worker yet) or RateLimited.
+        """
+        ...
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def healthy(self) -> bool: ...

@@ -1,0 +1,1 @@
+"""The worker process: scheduler, KV-cache books and the loop that drives the network. Knows nothing of HTTP."""

@@ -1,0 +1,155 @@
+"""The shape of a GPT-2, read from a Hugging Face `config.json`. Imports no torch.
+
+The file is data: known keys are read, the rest is ignored, and nothing in it is ever resolved as a name to import.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from model.errors import ConfigError
+
+CONFIG_BYTES_MAX = 1 << 20
+
+
+class Activation(Enum):
+    """The MLP's non-linearity; values are the names Hugging Face gives them."""
+
+    GELU_TANH = "gelu_new"
+    GELU_ERF = "gelu"
+    RELU = "relu"
+    SILU = "silu"
+
+
+_ACTIVATION_NAMES = {
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
+    "gelu": Activation.GELU_ERF,
+    "relu": Activation.RELU,
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_positions: int
+    vocab_size: int
+    n_inner: int
+    activation: Activation
+    layer_norm_epsilon: float
+    scale_attn_weights: bool
+    scale_attn_by_inverse_layer_idx: bool
+    tie_word_embeddings: bool
+    eos_token_id: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the checkpoint holds."""
+        norm = 2 * self.n_embd
+        attention = self.n_embd * 4 * self.n_embd + 4 * self.n_embd
+        mlp = 2 * self.n_embd * self.n_inner + self.n_inner + self.n_embd
+        layers = self.n_layer * (2 * norm + attention + mlp)
+        heads = 1 if self.tie_word_embeddings else 2
+        return layers + norm + (heads * self.vocab_size + self.n_positions) * self.n_embd
+
+    def attention_scale(self, layer: int) -> float:
+        """What query·key products of a layer are multiplied with."""
+        scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    def kv_bytes_per_token(self, element_size: int) -> int:
+        return 2 * self.n_layer * self.n_embd * element_size
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """Raises ConfigError: no file, no JSON, another architecture, or a shape that cannot be."""
+    return parse_config(read_json(directory / "config.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object from a checkpoint. Raises ConfigError naming the file, never its path."""
+    try:
+        if path.stat().st_size > CONFIG_BYTES_MAX:
+            raise ConfigError(f"{path.name} is larger than {CONFIG_BYTES_MAX} bytes")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path.name}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path.name} is not JSON") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path.name} is not a JSON object")
+    return value
+
+
+def parse_config(raw: dict[str, Any]) -> ModelConfig:
+    if raw.get("model_type", "gpt2") != "gpt2":
+        raise ConfigError(f"config.json describes a {str(raw['model_type'])[:40]!r} model; this server runs gpt2")
+    n_embd = _positive_int(raw, "n_embd")
+    n_head = _positive_int(raw, "n_head")
+    if n_embd % n_head:
+        raise ConfigError(f"config.json: n_embd {n_embd} is not a multiple of n_head {n_head}")
+    vocab_size = _positive_int(raw, "vocab_size")
+    return ModelConfig(
+        n_layer=_positive_int(raw, "n_layer"),
+        n_head=n_head,
+        n_embd=n_embd,
+        n_positions=_positive_int(raw, "n_positions" if raw.get("n_positions") is not None else "n_ctx"),
+        vocab_size=vocab_size,
+        n_inner=_positive_int(raw, "n_inner", 4 * n_embd),
+        activation=_activation(raw.get("activation_function", "gelu_new")),
+        layer_norm_epsilon=_epsilon(raw.get("layer_norm_epsilon", 1e-5)),
+        scale_attn_weights=_flag(raw, "scale_attn_weights", True),
+        scale_attn_by_inverse_layer_idx=_flag(raw, "scale_attn_by_inverse_layer_idx", False),
+        tie_word_embeddings=_flag(raw, "tie_word_embeddings", True),
+        eos_token_id=_eos_token_id(raw, vocab_size),
+    )
+
+
+def _positive_int(raw: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 24:
+        raise ConfigError(f"config.json: {key} must be a positive integer")
+    return value
+
+
+def _flag(raw: dict[str, Any], key: str, default: bool) -> bool:
+    value = raw.get(key, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"config.json: {key} must be true or false")
+    return value
+
+
+def _activation(name: object) -> Activation:
+    if not isinstance(name, str) or name not in _ACTIVATION_NAMES:
+        raise ConfigError(f"config.json: activation_function must be one of {', '.join(_ACTIVATION_NAMES)}")
+    return _ACTIVATION_NAMES[name]
+
+
+def _epsilon(value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
+        raise ConfigError("config.json: layer_norm_epsilon must be between 0 and 1")
+    return float(value)
+
+
+def _eos_token_id(raw: dict[str, Any], vocab_size: int) -> int:
+    value = raw.get("eos_token_id", 50256)
+    if isinstance(value, list) and value:  # transformers allows several; GPT-2 has one
+        value = value[0]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+        raise ConfigError("config.json: eos_token_id must be a token of the vocabulary")
+    return value

@@ -12,7 +12,7 @@ from typing import Any
 
 import tiktoken
 
-from model.errors import ConfigError, TokenizerError
+from model.errors import TokenizerError
 
 # GPT-2's pre-tokenizer (Radford et al. 2019), with possessive quantifiers so that no text backtracks.
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -27,7 +27,7 @@ class Tokenizer:
         """`ranks` maps each token's bytes to its id, ids in the order of their merges; `vocab_size` is the model's."""
         if eos_token not in special:
             raise TokenizerError(f"the vocabulary has no end-of-text token {eos_token!r}")
-        largest = max(max(ranks.values()), max(special.values()))
+        largest = max(*ranks.values(), *special.values())
         if largest >= vocab_size:
             raise TokenizerError(f"the vocabulary has token {largest}, the model's {vocab_size} embeddings do not")
         self._encoding = tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)

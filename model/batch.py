@@ -1,0 +1,19 @@
+"""One step's input to the network: the tokens of many sequences, laid end to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequence i of the batch owns rows [query_starts[i], query_starts[i + 1]), in the order of their positions."""
+
+    tokens: Tensor  # (rows,) int64
+    positions: Tensor  # (rows,) int64, from 0 in each sequence
+    slots: Tensor  # (rows,) int64: block * block_size + offset, where a row's key and value are kept
+    query_starts: Tensor  # (sequences + 1,) int32
+    block_tables: Tensor  # (sequences, blocks) int32, contiguous; entries past a sequence's blocks mean nothing
+    spans: tuple[tuple[int, int], ...]  # (sequences) pairs (rows, context length), for paths that loop in Python

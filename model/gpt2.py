@@ -1,0 +1,79 @@
+"""GPT-2 (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019), forward only.
+
+A straight line from token ids to hidden states to logits, over a paged KV cache. Knows nothing of sampling, of
+requests, or of who owns a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from model.batch import Batch
+from model.config import Activation, ModelConfig
+from model.kv_cache import KVCache, LayerCache
+from model.linear import Linear
+from model.ops import Norm, Ops
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    norm_1: Norm
+    attend_in: Linear  # n_embd -> 3 * n_embd: queries, keys, values
+    attend_out: Linear
+    norm_2: Norm
+    mlp_in: Linear
+    mlp_out: Linear
+    scale: float
+
+    def __call__(self, hidden: Tensor, cache: LayerCache, batch: Batch, ops: Ops, activation: Activation) -> Tensor:
+        """hidden: (rows, n_embd), the residual stream before the layer; returns it after."""
+        qkv = self.attend_in(self.norm_1(hidden))
+        ops.write_kv(qkv, cache, batch.slots)
+        hidden = self.attend_out(ops.attention(qkv, cache, batch, self.scale), residual=hidden)
+        return self.mlp_out(self.mlp_in(self.norm_2(hidden), activation=activation), residual=hidden)
+
+
+class GPT2:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], ops: Ops) -> None:
+        """weights: the tensors of `weights.expected_shapes`; `ops` places and packs them."""
+        self.config = config
+        self._ops = ops
+        self._token_embedding = ops.place(weights["wte.weight"])  # (vocab, n_embd)
+        self._position_embedding = ops.place(weights["wpe.weight"])  # (n_positions, n_embd)
+        self._layers = [_layer(config, weights, i, ops) for i in range(config.n_layer)]
+        self._final_norm = _norm(config, weights, "ln_f", ops)
+        tied = config.tie_word_embeddings
+        self._head = ops.linear(weights["wte.weight" if tied else "lm_head.weight"], None)
+
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Compute a step's tokens and store their keys and values. Returns hidden states (rows, n_embd)."""
+        hidden = self._ops.embed(batch, self._token_embedding, self._position_embedding)
+        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
+            hidden = layer(hidden, layer_cache, batch, self._ops, self.config.activation)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, n_embd) of `forward` to (rows, vocab) in fp32."""
+        return self._head(self._final_norm(hidden)).float()
+
+
+def _layer(config: ModelConfig, weights: Mapping[str, Tensor], i: int, ops: Ops) -> Layer:
+    def conv1d(name: str) -> Linear:  # Hugging Face's Conv1D keeps (in, out): transposed once, here
+        return ops.linear(weights[f"h.{i}.{name}.weight"].T, weights[f"h.{i}.{name}.bias"])
+
+    return Layer(
+        norm_1=_norm(config, weights, f"h.{i}.ln_1", ops),
+        attend_in=conv1d("attn.c_attn"),
+        attend_out=conv1d("attn.c_proj"),
+        norm_2=_norm(config, weights, f"h.{i}.ln_2", ops),
+        mlp_in=conv1d("mlp.c_fc"),
+        mlp_out=conv1d("mlp.c_proj"),
+        scale=config.attention_scale(i),
+    )
+
+
+def _norm(config: ModelConfig, weights: Mapping[str, Tensor], name: str, ops: Ops) -> Norm:
+    return ops.norm(weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_epsilon)

@@ -1,0 +1,48 @@
+"""From a checkpoint directory and a device to a network ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from model.config import ModelConfig, read_config
+from model.errors import DeviceError
+from model.gpt2 import GPT2
+from model.ops import Ops, TorchOps
+from model.weights import read_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`. Raises DeviceError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceError(f"device {name} was asked for, but PyTorch {torch.__version__} finds no CUDA device")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        raise DeviceError(f"device {name} cannot be used") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on a CPU and bfloat16 on a GPU that has it. Raises DeviceError."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu" and name != "float32":
+        raise DeviceError(f"dtype {name} runs on a GPU; a CPU serves float32")
+    return DTYPES[name]
+
+
+def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> tuple[GPT2, Ops]:
+    """Raises ConfigError or WeightsError."""
+    config: ModelConfig = read_config(directory)
+    ops = TorchOps(device, dtype)
+    with torch.inference_mode():
+        return GPT2(config, read_weights(directory, config), ops), ops

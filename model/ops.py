@@ -1,0 +1,64 @@
+"""What the network is made of, and the PyTorch way to make it: any device, any dtype, no compiler needed."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention import attention, write_kv
+from model.batch import Batch
+from model.kv_cache import LayerCache
+from model.linear import Linear, OneDNNLinear, PlainLinear
+
+
+class Norm(Protocol):
+    """Layer normalisation over the last dimension. x: (rows, n_embd)."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Ops(Protocol):
+    """The operations GPT-2 needs, for one device and dtype."""
+
+    def place(self, weight: Tensor) -> Tensor: ...
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear: ...
+    def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> Norm: ...
+    def embed(self, batch: Batch, token_embedding: Tensor, position_embedding: Tensor) -> Tensor: ...
+    def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None: ...
+    def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor: ...
+    def describe(self) -> str:
+        """A few words for the start-up line."""
+        ...
+
+
+class TorchOps:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = device
+        self._dtype = dtype
+
+    def place(self, weight: Tensor) -> Tensor:
+        return weight.to(self._device, self._dtype).contiguous()
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        if self._device.type == "cpu" and self._dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            return OneDNNLinear(weight, bias)
+        return PlainLinear(self.place(weight), None if bias is None else self.place(bias))
+
+    def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> Norm:
+        weight, bias = self.place(weight), self.place(bias)
+        return lambda x: F.layer_norm(x, (x.shape[-1],), weight, bias, epsilon)
+
+    def embed(self, batch: Batch, token_embedding: Tensor, position_embedding: Tensor) -> Tensor:
+        return token_embedding[batch.tokens] + position_embedding[batch.positions]
+
+    def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None:
+        write_kv(qkv, cache, slots)
+
+    def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
+        return attention(qkv, cache, batch, scale)
+
+    def describe(self) -> str:
+        return f"{str(self._dtype).removeprefix('torch.')}, PyTorch {torch.__version__}"

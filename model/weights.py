@@ -1,0 +1,111 @@
+"""A checkpoint's tensors, from safetensors in the Hugging Face layout, checked before anything runs.
+
+Nothing here can execute: pickled checkpoints are refused by name and by content.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.config import ModelConfig, read_json
+from model.errors import ConfigError, WeightsError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONVERT = (
+    "python -c \"import transformers; m = transformers.GPT2LMHeadModel.from_pretrained('DIR'); "
+    "m.save_pretrained('NEW_DIR', safe_serialization=True)\""
+)
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor the network needs, by its Hugging Face name without the `transformer.` prefix."""
+    width, inner = config.n_embd, config.n_inner
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (config.vocab_size, width),
+        "wpe.weight": (config.n_positions, width),
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, width)
+    for i in range(config.n_layer):
+        shapes |= {f"h.{i}.{name}.{part}": (width,) for name in ("ln_1", "ln_2") for part in ("weight", "bias")}
+        for name, rows, columns in (  # Conv1D: (in, out)
+            ("attn.c_attn", width, 3 * width),
+            ("attn.c_proj", width, width),
+            ("mlp.c_fc", width, inner),
+            ("mlp.c_proj", inner, width),
+        ):
+            shapes[f"h.{i}.{name}.weight"] = (rows, columns)
+            shapes[f"h.{i}.{name}.bias"] = (columns,)
+    return shapes
+
+
+def read_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of `expected_shapes`, as stored (memory-mapped). Others in the file are ignored.
+
+    Raises WeightsError: a file or tensor is missing, truncated, mis-shaped, not floating point, non-finite or pickled.
+    """
+    shapes = expected_shapes(config)
+    found: dict[str, Tensor] = {}
+    for path in _files(directory):
+        for name, tensor in _tensors(path, shapes):
+            _check(name, tensor, shapes[name])
+            found[name] = tensor
+    missing = sorted(shapes.keys() - found.keys())
+    if missing:
+        raise WeightsError(
+            f"the checkpoint lacks {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
+        )
+    return found
+
+
+def _files(directory: Path) -> list[Path]:
+    if (directory / SINGLE_FILE).exists():
+        return [directory / SINGLE_FILE]
+    if (directory / INDEX_FILE).exists():
+        return _shards(directory)
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
+        raise WeightsError(f"the checkpoint is pickled, which can execute code; convert it once: {CONVERT}")
+    raise WeightsError(f"the checkpoint has no readable {SINGLE_FILE}")
+
+
+def _shards(directory: Path) -> list[Path]:
+    try:
+        weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+    except ConfigError as error:
+        raise WeightsError(str(error)) from error
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise WeightsError(f"{INDEX_FILE} does not name files of the checkpoint")
+    return [directory / name for name in sorted(names)]
+
+
+def _tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for stored in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                name = stored.removeprefix("transformer.")
+                if name in shapes:
+                    yield name, file.get_tensor(stored)
+    except SafetensorError as error:
+        raise WeightsError(f"{path.name} is damaged or no safetensors file") from error
+    except OSError as error:
+        raise WeightsError(f"cannot read {path.name}: {error.strerror or 'not a regular file'}") from error
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise WeightsError(f"{name} has shape {tuple(tensor.shape)}, config.json asks for {shape}")
+    if not tensor.is_floating_point():
+        raise WeightsError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not floating point")
+    # One pass, no copy: the sum of a tensor with a NaN or an infinity is not finite (float64 cannot overflow here).
+    if not math.isfinite(tensor.sum(dtype=torch.float64).item()):
+        raise WeightsError(f"{name} holds NaN or infinity")

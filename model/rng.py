@@ -44,4 +44,5 @@ def uniforms(seed: int, choice: int, start: int, count: int) -> npt.NDArray[np.f
     counter[1] = choice
     seed &= (1 << 64) - 1
     words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    return words[0].astype(np.float64) * 2.0**-32
+    numbers: npt.NDArray[np.float64] = words[0] * 2.0**-32
+    return numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ def check_every_path(directory: Path, theirs: GPT2LMHeadModel, length: int) -> N
 
     third = length // 3
     borders = [0, 1, third, third + 1, length - 2, length - 1, length]
-    chunked = [ours.logits([(1, tokens[a:b], a)]) for a, b in zip(borders, borders[1:], strict=False)]
+    chunked = [ours.logits([(1, tokens[a:b], a)]) for a, b in itertools.pairwise(borders)]
     torch.testing.assert_close(torch.cat(chunked), expected, atol=TOLERANCE, rtol=0)
 
     # Three sequences in one step: a decode, a chunk over a cache, and a fresh prompt.

@@ -1,0 +1,140 @@
+"""Every setting, declared once: its type, its default, its flag and its help. Read once, frozen, then sliced.
+
+Order of precedence: command line, environment (`GPT2_SERVER_*`), `--config` file (TOML), default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ENV_PREFIX = "GPT2_SERVER_"
+RETIRED_MODELS = (
+    "text-davinci-002", "text-davinci-003", "davinci", "curie", "babbage", "ada", "gpt-3.5-turbo-instruct",
+)  # fmt: skip
+
+
+class SettingsError(Exception):
+    """One clear line for the operator."""
+
+
+def _flag(group: str, text: str, default: Any, **limits: Any) -> Any:
+    return Field(default, description=text, json_schema_extra={"group": group}, **limits)
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=())
+
+    # Model
+    model: str | None = Field(None, description="a directory, a Hugging Face id, or nothing: the embedded default")
+    revision: str | None = _flag("model", "revision of a Hugging Face id", None)
+    served_model_name: list[str] = _flag("model", "name(s) the model answers to; the first is the one shown", [])
+    alias: list[str] = _flag("model", "further names that mean the model", list(RETIRED_MODELS))
+    device: str = _flag("model", "auto, cpu, cuda or cuda:N", "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag("model", "number format of the weights", "auto")
+    max_model_len: int | None = _flag("model", "context length in tokens; default: the model's", None, ge=2)
+
+    # Server
+    host: str = _flag("server", "address to listen on", "127.0.0.1")
+    port: int = _flag("server", "port to listen on; 0 takes a free one", 8000, ge=0, le=65535)
+    api_key: SecretStr | None = Field(None, description="key clients must send; environment or file only", repr=False)
+    allowed_origins: list[str] = _flag("server", "origins that CORS lets in; none by default", [])
+    shutdown_timeout: float = _flag("server", "seconds running requests get to finish after SIGTERM", 30, ge=0, le=3600)
+    log_level: Literal["debug", "info", "warning", "error"] = _flag("server", "how much to log", "info")
+
+    # Engine
+    max_num_seqs: int = _flag("engine", "sequences computed at once", 64, ge=1, le=4096)
+    max_num_batched_tokens: int = _flag("engine", "tokens computed in one step", 512, ge=16, le=65536)
+    block_size: int = _flag("engine", "tokens in one block of the KV cache", 16, ge=8, le=256)
+    kv_cache_gib: float = _flag("engine", "upper bound of the KV cache, in GiB", 2.0, gt=0)
+    enable_prefix_caching: bool = _flag("engine", "share the KV cache of equal prompt beginnings", True)
+    threads: int | None = _flag("engine", "threads of the worker; default: the cores this process may use", None, ge=1)
+
+    # Limits
+    max_num_queued_reqs: int = _flag("limits", "requests that may wait for their first token", 256, ge=1)
+    max_num_queued_tokens: int = _flag("limits", "prompt tokens that may wait", 65536, ge=1)
+    max_logprobs: int = _flag("limits", "largest logprobs a request may ask for", 20, ge=0, le=1000)
+    max_choices: int = _flag("limits", "largest n", 128, ge=1, le=128)
+    max_best_of: int = _flag("limits", "largest best_of", 20, ge=1, le=128)
+    max_sequences: int = _flag("limits", "largest prompts x max(n, best_of) of one request", 128, ge=1)
+    max_stop_strings: int = _flag("limits", "stop strings in one request", 16, ge=1, le=256)
+    max_stop_length: int = _flag("limits", "characters in one stop string", 256, ge=1)
+    max_body_bytes: int = _flag("limits", "bytes in one request body", 1 << 20, ge=1024)
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `[MODEL]`, `--config` and one flag a setting, grouped, to a parser."""
+    parser.add_argument("model", nargs="?", help=Settings.model_fields["model"].description)
+    parser.add_argument("--config", metavar="FILE", help="TOML file of the settings below")
+    groups: dict[str, Any] = {}
+    for name, field in Settings.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict):
+            group = str(extra["group"])
+            target = groups.setdefault(group, parser.add_argument_group(group))
+            _add_flag(target, name, field)
+
+
+def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
+    flag = "--" + name.replace("_", "-")
+    shown = field.default if not isinstance(field.default, list) else " ".join(field.default) or "none"
+    text = f"{field.description}" + ("" if shown is None else f" [{shown}]")
+    if field.annotation is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, default=None)
+    elif isinstance(field.default, list):
+        group.add_argument(flag, nargs="*", metavar="NAME", help=text)
+    else:
+        group.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=text)
+
+
+def read_settings(arguments: argparse.Namespace) -> Settings:
+    """Raises SettingsError."""
+    unknown = [
+        name for name in os.environ if name.startswith(ENV_PREFIX) and _field_name(name) not in Settings.model_fields
+    ]
+    if unknown:
+        raise SettingsError(f"environment variable {min(unknown)} is no setting of this server")
+    given = {name: value for name, value in vars(arguments).items() if name in Settings.model_fields}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        # pydantic-settings puts the environment below what it is given, and the file has to go below the environment.
+        environment = Settings().model_dump(exclude_unset=True)
+        return Settings(**{**_read_file(arguments.config), **environment, **given})
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from None
+
+
+def _field_name(variable: str) -> str:
+    return variable.removeprefix(ENV_PREFIX).lower()
+
+
+def _read_file(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read the config file: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the config file is not TOML: {error}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    return f"setting {name}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def parse(argv: Sequence[str]) -> Settings:
+    """What `gpt2-server serve` reads; for tests and tools that have no parser of their own."""
+    parser = argparse.ArgumentParser()
+    flags(parser)
+    return read_settings(parser.parse_args(argv))

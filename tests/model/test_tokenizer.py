@@ -1,0 +1,127 @@
+"""Our encoding against Hugging Face's own tokenizer, on the true GPT-2 vocabulary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as TheirTokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+import model
+from model.errors import TokenizerError
+from model.tokenizer import Tokenizer, read_tokenizer
+
+DEFAULT = Path(model.__file__).parent / "default"
+OURS = read_tokenizer(DEFAULT, 50257, 50256)
+
+
+def theirs() -> TheirTokenizer:
+    tokenizer = TheirTokenizer(BPE.from_file(str(DEFAULT / "vocab.json"), str(DEFAULT / "merges.txt")))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+THEIRS = theirs()
+SINGLE_BYTES = {OURS.token_bytes(id_)[0]: id_ for id_ in range(50257) if len(OURS.token_bytes(id_)) == 1}
+PIECES = [
+    "a",
+    "b",
+    " ",
+    "  ",
+    "\n",
+    "'s",
+    "'LL",
+    "1",
+    "²",
+    "é",
+    "e\u0301",
+    "字",
+    "👩🏽‍🚀",
+    "<|endoftext|>",
+    "<|",
+    "\u00a0",
+]
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists(
+    st.sampled_from(PIECES), max_size=30
+).map("".join)
+
+
+@given(TEXTS)
+def test_ids_are_those_of_hugging_face(text: str) -> None:
+    assert OURS.encode(text) == THEIRS.encode(text).ids
+
+
+@given(TEXTS)
+def test_text_comes_back(text: str) -> None:
+    assert OURS.decode_bytes(OURS.encode(text)) == text.encode()
+
+
+@given(st.binary(max_size=40))
+def test_bytes_that_are_no_text_decode_as_python_decodes_them(data: bytes) -> None:
+    assert OURS.decode([SINGLE_BYTES[value] for value in data]) == data.decode("utf-8", errors="replace")
+
+
+def test_end_of_text_is_one_token() -> None:
+    assert OURS.encode("a<|endoftext|>b") == [64, 50256, 65]
+    assert OURS.eos_token_id == 50256
+    assert OURS.decode([50256]) == "<|endoftext|>"
+
+
+def test_the_published_example() -> None:
+    assert OURS.encode("Hello world") == [15496, 995]
+
+
+def test_every_token_has_bytes_of_its_own() -> None:
+    assert len({OURS.token_bytes(id_) for id_ in range(50257)}) == 50257
+
+
+def test_tokenizer_json_alone_is_enough(tmp_path: Path) -> None:
+    THEIRS.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read_tokenizer(tmp_path, 50257, 50256)
+    for text in ("Hello world", "naïve 👩🏽‍🚀 <|endoftext|>", "  \n\n x"):
+        assert tokenizer.encode(text) == OURS.encode(text)
+
+
+def write(directory: Path, vocab: object, merges: str) -> None:
+    (directory / "vocab.json").write_text(json.dumps(vocab), "utf-8")
+    (directory / "merges.txt").write_text(merges, "utf-8")
+
+
+ALPHABET = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
+
+
+@pytest.mark.parametrize(
+    ("vocab", "merges", "line"),
+    [
+        ([], "", "does not hold a vocabulary"),
+        ({**ALPHABET, "字": 256, "<|endoftext|>": 257}, "", "not byte-level BPE"),
+        ({**ALPHABET, "ab": 256, "<|endoftext|>": 257}, "a b c", "a line is not a pair"),
+        ({**ALPHABET, "ab": 256, "<|endoftext|>": 257}, "a c", "does not have"),
+        ({**ALPHABET, "ab": 257, "cd": 256, "<|endoftext|>": 258}, "a b\nc d", "order of its merges"),
+        ({**ALPHABET, "ab": 300, "<|endoftext|>": 257}, "a b", "has token 300"),
+        ({**ALPHABET, "ab": 256, "cd": 258}, "", "has no end-of-text token"),
+        ({**dict(list(ALPHABET.items())[1:]), "ab": 256, "cd": 0, "<|endoftext|>": 257}, "", "all 256 bytes"),
+    ],
+)
+def test_broken_vocabularies_are_refused(vocab: object, merges: str, line: str, tmp_path: Path) -> None:
+    write(tmp_path, vocab, merges)
+    with pytest.raises(TokenizerError, match=line):
+        read_tokenizer(tmp_path, 259, 257)
+
+
+def test_no_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"neither vocab\.json and merges\.txt nor tokenizer\.json"):
+        read_tokenizer(tmp_path, 10, 9)
+
+
+def test_a_long_word_takes_no_quadratic_time() -> None:
+    assert isinstance(OURS, Tokenizer)
+    assert len(OURS.encode("a" * 500_000)) < 500_000

@@ -1,0 +1,135 @@
+"""GPT-2 as a plain autograd module, for training only.
+
+The module tree mirrors `transformers.GPT2LMHeadModel`, so `state_dict()` has the Hugging Face names and the Conv1D
+layout (weights stored as `(in, out)`) without any renaming. Serving uses another network, built for speed; this one
+knows nothing of caches, batches of requests or sampling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import Activation, ModelConfig
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+    Activation.GELU_ERF: F.gelu,
+    Activation.RELU: F.relu,
+    Activation.SILU: F.silu,
+}
+
+
+class Conv1D(nn.Module):
+    """An affine map whose weight is stored as `(inputs, outputs)`, as OpenAI's checkpoint has it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.t(), self.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.heads = config.n_head
+        self.scale = config.attention_scale(layer)
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, width = x.shape
+        qkv = self.c_attn(x).view(rows, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (rows, heads, length, head_dim)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        out: Tensor = self.c_proj(mixed.transpose(1, 2).reshape(rows, length, width))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = Conv1D(config.n_embd, config.n_inner)
+        self.c_proj = Conv1D(config.n_inner, config.n_embd)
+        self.activation = _ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.c_proj(self.activation(self.c_fc(x)))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.wte(tokens) + self.wpe(positions)
+        for block in self.h:
+            x = block(x)
+        out: Tensor = self.ln_f(x)
+        return out
+
+
+class Network(nn.Module):
+    """GPT-2 up to its last layer norm; the head is the token embedding, and the losses apply it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+
+    def forward(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Hidden states `(rows, length, width)` of `tokens` `(rows, length)`.
+
+        `starts` `(rows,)` is each row's first position, zero if not given: a row shorter than the context can be
+        trained wherever in the context its text lies.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        if starts is not None:
+            positions = positions + starts.unsqueeze(1)
+        hidden: Tensor = self.transformer(tokens, positions)
+        return hidden
+
+    @property
+    def head(self) -> Tensor:
+        """The output embedding, `(vocabulary, width)`: the input embedding itself."""
+        return self.transformer.wte.weight
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """GPT-2's own scheme: N(0, 0.02), projections into the residual stream smaller by sqrt(2 × layers)."""
+        residual = 0.02 / math.sqrt(2 * self.config.n_layer)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("c_proj.weight"):
+                    parameter.normal_(0.0, residual, generator=generator)
+                elif name.endswith("bias"):
+                    parameter.zero_()
+                elif parameter.dim() == 2:
+                    parameter.normal_(0.0, 0.02, generator=generator)
+                else:
+                    parameter.fill_(1.0)

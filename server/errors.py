@@ -52,7 +52,9 @@ class ModelNotFound(NotFound):
     def __init__(self, name: str) -> None:
         shown = "".join(c if c.isprintable() else "?" for c in name[:100])
         super().__init__(
-            f"The model `{shown}` does not exist or you do not have access to it.", param="model", code="model_not_found"
+            f"The model `{shown}` does not exist or you do not have access to it.",
+            param="model",
+            code="model_not_found",
         )
 
 

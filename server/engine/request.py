@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from model.sampling_params import SamplingParams
+from model.step import TokenLogprobs
 from server.worker.messages import FinishReason
 
 
@@ -27,6 +28,8 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     echo: bool = False
+    skip_special_tokens: bool = True  # generated special tokens show no text
+    tokens_as_ids: bool = False  # logprob rows name tokens "token_id:N"
     priority: int = 0
     salt: bytes = b""
     key_name: str = ""  # whose request it is, for metrics and per-key limits; "" without keys
@@ -53,6 +56,7 @@ class ChoiceDelta:
     tokens: list[TokenInfo] | None  # rows for logprobs, where asked for
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or the token id that ended it; None for EOS
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of prompt[1:], with a choice's first delta, if params ask
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,99 @@
+/* Shapes and shared parts of the CPU kernels. See kernels.c for the story. */
+#ifndef GPT2_KERNELS_H
+#define GPT2_KERNELS_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stddef.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define CAT_(a, b) a##b
+#define CAT(a, b) CAT_(a, b)
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define DIV_UP(a, b) (((a) + (b) - 1) / (b))
+#define ROUND_UP(a, b) (DIV_UP(a, b) * (b))
+
+enum { KB = 256 };          /* columns of x packed together; also the largest head_dim, and one int8 group */
+enum { GROUP = 16 };        /* positions of a key group */
+enum { SPAN = 64 };         /* positions of one softmax step, aligned to position 0 whatever the chunk */
+enum { MAX_TILE_ROWS = 12, MAX_PANEL = 32 };
+
+enum kind { KIND_F32, KIND_F16, KIND_I8 };
+enum activation { ACT_NONE, ACT_GELU_TANH, ACT_GELU_ERF, ACT_RELU, ACT_SILU };
+
+/* y = act(x Wt + bias) (+ residual), W (out, in) packed by `pack` of the same level. */
+struct linear {
+    int64_t in, out;
+    int32_t kind, level;
+    const void *panels; /* see kernels.c */
+    const float *bias;  /* (out rounded up to MAX_PANEL), zeros where there is none */
+    const float *scale; /* the same shape: int8 weights' scale of each output */
+};
+
+struct linear_call {
+    const struct linear *w;
+    const float *x;        /* (rows, in) */
+    const float *residual; /* (rows, out) or NULL */
+    float *y;              /* (rows, out) */
+    void *packed;          /* scratch */
+    int64_t rows;
+    int32_t act;
+};
+
+struct pack_call {
+    const struct linear *w;
+    const float *weight; /* element (o, i) at weight[o * stride_out + i * stride_in] */
+    int64_t stride_out, stride_in;
+};
+
+struct norm_call {
+    const float *x, *weight, *bias; /* (rows, width), (width,), (width,) */
+    float *y;
+    int64_t rows, width;
+    float epsilon;
+};
+
+struct embed_call {
+    const int64_t *tokens, *positions; /* (rows,) */
+    const float *wte, *wpe;            /* (vocab, width), (n_positions, width) */
+    float *y;                          /* (rows, width) */
+    int64_t rows, width;
+};
+
+/* One layer's cache. keys and values: (blocks, heads, block_size, head_dim) elements of fp32, or fp16 where half.
+ * Within a block and head, values are (block_size, head_dim); keys are (block_size / GROUP, head_dim, GROUP), so that one
+ * vector holds the same coordinate of GROUP positions; where GROUP does not divide block_size, (block_size, head_dim). */
+struct kv {
+    void *keys, *values;
+    int64_t heads, block_size, head_dim;
+    int32_t half;
+};
+
+struct write_call {
+    struct kv kv;
+    const float *qkv;     /* (rows, 3, heads, head_dim) */
+    const int64_t *slots; /* (rows,): block * block_size + offset */
+    int64_t rows;
+};
+
+struct attention_call {
+    struct kv kv;
+    const float *qkv;            /* (rows, 3, heads, head_dim) */
+    const int64_t *positions;    /* (rows,) */
+    const int32_t *query_starts; /* (sequences + 1,) */
+    const int32_t *block_tables; /* (sequences, table_width) */
+    float *out;                  /* (rows, heads, head_dim) */
+    const int32_t *tiles;        /* (tile_count, 3): first row, rows, sequence */
+    int64_t tile_count, table_width;
+    float scale;
+};
+
+/* One set of these for each instruction set. Every one is run by all threads of the pool at once. */
+struct level {
+    const char *name;
+    int32_t panel, tile_rows; /* output columns of a panel; rows computed together */
+    void (*pack)(void *), (*linear)(void *), (*norm)(void *), (*embed)(void *), (*write_kv)(void *), (*attention)(void *);
+};
+
+#endif

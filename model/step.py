@@ -2,6 +2,9 @@
 
 The runner keeps a row of state (tokens, sampling state, block table) for every sequence between `added` and `removed`,
 so a plan names only what changed. A preempted sequence is removed, and added again with the tokens it has by then.
+
+A chunk may read blocks that an earlier chunk of the same plan fills (the samples of one prompt share its blocks from
+the first step on): write a layer's keys and values for all chunks before any attends, or run the chunks in order.
 """
 
 from __future__ import annotations

@@ -1,0 +1,291 @@
+"""Which sequences compute how many tokens in the next step. Pure: no torch, no clock, no I/O.
+
+One idea: every sequence has computed tokens that chase its total tokens, and a step hands out a budget of tokens.
+Prefill, chunked prefill, prefix-cache hits, decoding and resumption after preemption are this one case.
+
+One order: a sequence's rank is the step it arrived at plus `ageing_steps` for each unit of its priority. It says who is
+admitted first, who is served first and (from the other end) who is preempted first. Within a priority this is first
+come, first served; between two, the later one may overtake for `ageing_steps` steps per unit and no longer. The lowest
+rank always advances, so every sequence ends.
+
+`schedule` may be called again before `update` of the plan before (so that a device need not wait for us), under three
+rules: every plan handed out is run, plans are run and updated in order, and ids are never used twice. Blocks that are
+freed while a plan uses them are then safe: whoever gets them writes them in a later plan. For the same reason a block
+may be found in the prefix cache as soon as the chunk that fills it is planned, even by a later chunk of the same plan,
+so that the n samples of one prompt start together and compute it once. Only full blocks are shared: the tail of a
+prompt, shorter than a block, is computed by each sibling, which costs less than copying blocks on write would in code.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from itertools import pairwise
+from operator import attrgetter
+
+from model.step import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
+from server.worker.block_pool import BlockPool
+from server.worker.messages import Add, FinishReason, SequenceOutput, Stats
+from server.worker.sequence import Sequence, Status
+
+PREEMPTIONS_BEFORE_RESERVE = 3  # then it gets all the blocks it may ever need at once, and is left alone
+
+_rank = attrgetter("rank")
+
+
+class Scheduler:
+    """Owns every sequence of a worker and the block pool. One thread calls it."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_id: int,
+        ageing_steps: int = 256,
+    ) -> None:
+        """Raises ValueError for numbers with which some sequence could never run."""
+        capacity = pool.num_blocks * pool.block_size
+        if capacity < max_model_len:
+            raise ValueError(f"the KV cache holds {capacity} tokens, fewer than one context of {max_model_len}")
+        if max_num_seqs < 1 or max_num_batched_tokens < 1 or ageing_steps < 1:
+            raise ValueError("max_num_seqs, max_num_batched_tokens and ageing_steps must be at least 1")
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.token_budget = max_num_batched_tokens  # of one step; may be changed between steps, never below 1
+        self.max_model_len = max_model_len
+        self.eos_token_id = eos_token_id
+        self.ageing_steps = ageing_steps
+        self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._steps = 0
+        self._arrivals = 0
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting: list[Sequence] = []  # both in order of rank
+        self._running: list[Sequence] = []
+        self._removed: list[int] = []  # rows the runner still has and should not
+
+    # === Coming and going ===
+
+    def add(self, message: Add) -> None:
+        """Queue a sequence, fresh or resumed. Raises ValueError where it leaves no room for what it asks.
+
+        The api process refuses such a request long before; nothing else can make a sequence that never runs.
+        """
+        assert message.id not in self._sequences, "sequence ids are never used twice"
+        rank = (self._steps + message.priority * self.ageing_steps, self._arrivals)
+        sequence = Sequence.from_message(
+            message, rank=rank, max_model_len=self.max_model_len, eos_token_id=self.eos_token_id
+        )
+        if not message.prompt or sequence.total + sequence.samples > sequence.limit:
+            raise ValueError(f"a sequence of {sequence.total} tokens has no room below its limit of {sequence.limit}")
+        self._arrivals += 1
+        self._sequences[sequence.id] = sequence
+        insort(self._waiting, sequence, key=_rank)
+
+    def abort(self, sequence_id: int) -> None:
+        """Drop a sequence in whatever phase it is. An id that is unknown, or known no more, is ignored."""
+        if sequence_id in self._sequences:
+            self._end(self._sequences[sequence_id])
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.id]
+        self._leave(sequence, Status.FINISHED)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take its blocks; it will be computed again, as far as they are not found in the cache by then."""
+        self._leave(sequence, Status.WAITING)
+        insort(self._waiting, sequence, key=_rank)
+        sequence.preemptions += 1
+        self.preemptions += 1
+
+    def _leave(self, sequence: Sequence, status: Status) -> None:
+        """Take a sequence off the queue it is in. The only place where blocks are freed."""
+        queue = self._running if sequence.status is Status.RUNNING else self._waiting
+        del queue[bisect_left(queue, sequence.rank, key=_rank)]
+        if sequence.status is Status.RUNNING:
+            self._removed.append(sequence.id)
+        self.pool.free(sequence.block_table)
+        sequence.block_table = []
+        sequence.computed = sequence.registered = 0
+        sequence.status = status
+
+    # === A step ===
+
+    def schedule(self) -> StepPlan | None:
+        """Plan a step: decoding first, then prompts under way, then new ones. None when there is nothing to run."""
+        budget = self.token_budget
+        preemptions = self.preemptions
+        chunks: list[ScheduledChunk] = []
+        prefills: list[Sequence] = []
+        for sequence in self._running.copy():  # oldest first; victims come from the other end
+            remaining = sequence.remaining
+            if remaining > 1:
+                prefills.append(sequence)
+            elif remaining == 1 and budget > 0 and sequence.status is Status.RUNNING:
+                known = len(sequence.block_table)
+                if self._grow(sequence):
+                    chunks.append(self._chunk(sequence, 1, known))
+                    budget -= 1
+        for sequence in prefills:  # their blocks they have had since admission
+            if budget > 0 and sequence.status is Status.RUNNING:
+                chunks.append(self._chunk(sequence, min(sequence.remaining, budget), len(sequence.block_table)))
+                budget -= chunks[-1].count
+        added: list[NewSequence] = []
+        while budget > 0 and self.preemptions == preemptions and (admitted := self._admit()) is not None:
+            added.append(_for_runner(admitted))
+            chunks.append(self._chunk(admitted, min(admitted.remaining, budget), 0))
+            budget -= chunks[-1].count
+        if not chunks:
+            return None
+        self._steps += 1
+        removed, self._removed = self._removed, []
+        return StepPlan(removed=removed, added=added, chunks=chunks)
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for one more token, if need be at the cost of the newest. False if that was the sequence itself."""
+        if sequence.total <= len(sequence.block_table) * self.pool.block_size:
+            return True
+        while self.pool.num_free == 0:
+            victim = next(s for s in reversed(self._running) if s.preemptions < PREEMPTIONS_BEFORE_RESERVE)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table += self.pool.allocate(1)
+        return True
+
+    def _admit(self) -> Sequence | None:
+        """Start the first of the queue, if there is a seat and blocks for all its tokens."""
+        if not self._waiting or len(self._running) >= self.max_num_seqs:
+            return None
+        sequence = self._waiting[0]
+        if sequence.in_flight:  # preempted while a plan was to sample its next token: wait for that
+            return None
+        cached = self._cached_blocks(sequence)
+        reserve = sequence.preemptions >= PREEMPTIONS_BEFORE_RESERVE
+        need = self.pool.blocks_for(sequence.limit if reserve else sequence.total) - len(cached)
+        if need + len(self._running) > self.pool.available(cached):  # each running one will soon need a block
+            return None
+        del self._waiting[0]
+        insort(self._running, sequence, key=_rank)
+        self.pool.share(cached)
+        sequence.status = Status.RUNNING
+        sequence.block_table = cached + self.pool.allocate(need)
+        sequence.registered = len(cached)
+        sequence.computed = min(len(cached) * self.pool.block_size, sequence.reusable)
+        self._count_hits(sequence)
+        return sequence
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        if not self.pool.enable_prefix_caching:
+            return []
+        full = min(len(sequence.tokens) // self.pool.block_size, self.pool.blocks_for(sequence.reusable))
+        return self.pool.match(sequence.block_keys(full, self.pool.block_size))
+
+    def _count_hits(self, sequence: Sequence) -> None:
+        if sequence.preemptions == 0:  # finding its own blocks again is no hit
+            sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
+            if self.pool.enable_prefix_caching:
+                self.prefix_queries += sequence.prompt_length
+                self.prefix_hits += sequence.cached_tokens
+
+    def _chunk(self, sequence: Sequence, count: int, known_blocks: int) -> ScheduledChunk:
+        """Hand a sequence `count` tokens of the budget; the runner knows the first `known_blocks` of its table."""
+        start = sequence.computed
+        sequence.computed += count
+        samples = sequence.samples and sequence.computed == sequence.total
+        if self.pool.enable_prefix_caching:
+            full = min(sequence.computed, len(sequence.tokens)) // self.pool.block_size
+            if full > sequence.registered:
+                keys = sequence.block_keys(full, self.pool.block_size)
+                for i in range(sequence.registered, full):
+                    self.pool.register(sequence.block_table[i], keys[i])
+                sequence.registered = full
+        sequence.in_flight += samples
+        return ScheduledChunk(sequence.id, start, count, known_blocks, sequence.block_table[known_blocks:], samples)
+
+    # === What came of it ===
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
+        """Take in a step's tokens and end what is at its end. What has been aborted meanwhile is passed over."""
+        sampled = iter(result.sampled)
+        scores = {rows.id: rows for rows in result.prompt_logprobs}
+        outputs: list[SequenceOutput] = []
+        for chunk in plan.chunks:
+            sample = next(sampled) if chunk.samples else None
+            sequence = self._sequences.get(chunk.id)
+            if sequence is None:
+                continue
+            finish = None
+            if sample is not None:
+                assert sample.id == chunk.id, "the runner's tokens are not in the order of the chunks"
+                sequence.in_flight -= 1
+                finish = sequence.append(sample.token)
+            elif not sequence.samples and chunk.start + chunk.count == sequence.prompt_length:
+                finish = FinishReason.LENGTH
+            rows = _unseen(sequence, scores.get(chunk.id))
+            if sample is None and rows is None and finish is None:
+                continue
+            cached_tokens, sequence.cached_tokens = sequence.cached_tokens, None
+            outputs.append(
+                SequenceOutput(
+                    id=chunk.id,
+                    token=None if sample is None else sample.token,
+                    logprobs=None if sample is None else sample.logprobs,
+                    prompt_logprobs=rows,
+                    finish=finish,
+                    stop_token=sequence.tokens[-1] if finish is FinishReason.STOP else None,
+                    cached_tokens=cached_tokens,
+                )
+            )
+            if finish is not None:
+                self._end(sequence)
+        return outputs
+
+    # === The books ===
+
+    @property
+    def idle(self) -> bool:
+        return not self._sequences
+
+    def stats(self, *, step_seconds: float, step_tokens: int) -> Stats:
+        return Stats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            used_blocks=self.pool.num_used,
+            num_blocks=self.pool.num_blocks,
+            preemptions=self.preemptions,
+            prefix_queries=self.prefix_queries,
+            prefix_hits=self.prefix_hits,
+            step_seconds=step_seconds,
+            step_tokens=step_tokens,
+        )
+
+    def check(self) -> None:
+        """Prove the books: every sequence in one queue, every block accounted for, nothing beyond its bounds."""
+        for queue, status in ((self._waiting, Status.WAITING), (self._running, Status.RUNNING)):
+            assert all(s.status is status and self._sequences[s.id] is s for s in queue), "a queue with a stranger"
+            assert all(a.rank < b.rank for a, b in pairwise(queue)), "a queue out of order"
+        assert len(self._waiting) + len(self._running) == len(self._sequences), "a sequence in no queue"
+        assert len(self._running) <= self.max_num_seqs, "more sequences run than there are seats"
+        assert not any(s.block_table or s.computed for s in self._waiting), "a waiting sequence holds blocks"
+        for s in self._running:
+            assert s.computed <= s.total <= s.limit, "a sequence beyond its end"
+            assert s.computed <= len(s.block_table) * self.pool.block_size, "a computed token without a block"
+        self.pool.check(s.block_table for s in self._running)
+
+
+def _for_runner(sequence: Sequence) -> NewSequence:
+    prompt, output = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
+    return NewSequence(sequence.id, prompt, output, sequence.params)
+
+
+def _unseen(sequence: Sequence, scores: PromptLogprobs | None) -> PromptLogprobs | None:
+    """The rows of a prompt that were not delivered before a preemption."""
+    if scores is None or scores.start + len(scores.rows) <= sequence.scored:
+        return None
+    rows = scores.rows[sequence.scored - scores.start :]
+    start, sequence.scored = sequence.scored, sequence.scored + len(rows)
+    return PromptLogprobs(sequence.id, start, rows)

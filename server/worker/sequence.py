@@ -1,0 +1,97 @@
+"""One choice of one prompt, as the worker sees it: tokens, how many are computed, where they lie, when it ends.
+
+Knows nothing of text (stop strings are the engine's), of the network, or of other sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from model.sampling_params import SamplingParams
+from server.worker.block_pool import BlockKey, block_key, root_digest
+from server.worker.messages import Add, FinishReason
+
+
+class Status(Enum):
+    WAITING = "waiting"  # holds no blocks; the runner has no row for it
+    RUNNING = "running"
+    FINISHED = "finished"  # ended or aborted
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """`computed` tokens chase `total` tokens; where they meet, the next one is sampled."""
+
+    id: int
+    params: SamplingParams
+    tokens: list[int]  # the prompt, then the output
+    prompt_length: int
+    limit: int  # tokens it may grow to: prompt + max_tokens, or the context
+    stop_tokens: frozenset[int]
+    rank: tuple[int, int]  # the lowest runs first and is preempted last
+    salt: bytes
+
+    status: Status = Status.WAITING
+    computed: int = 0  # their keys and values are in the blocks, once the plans in flight have run
+    in_flight: int = 0  # tokens that plans in flight will sample: they exist, their ids are not known yet
+    block_table: list[int] = field(default_factory=list)
+    keys: list[BlockKey] = field(default_factory=list)  # of its leading full blocks, as far as was asked for
+    registered: int = 0  # leading blocks known to the prefix index
+    preemptions: int = 0
+    scored: int = 0  # prompt positions before it need no logprobs row (any more)
+    cached_tokens: int | None = None  # prompt tokens found cached at first admission; told once, then None
+
+    @classmethod
+    def from_message(cls, message: Add, *, rank: tuple[int, int], max_model_len: int, eos_token_id: int) -> Sequence:
+        params = message.params
+        length = len(message.prompt)
+        return cls(
+            id=message.id,
+            params=params,
+            tokens=message.prompt + message.output,
+            prompt_length=length,
+            limit=min(length + params.max_tokens, max_model_len),
+            stop_tokens=frozenset(params.stop_token_ids) | (set() if params.ignore_eos else {eos_token_id}),
+            rank=rank,
+            salt=message.salt,
+            scored=length if params.prompt_logprobs is None else 1,  # a prompt's first token has no score
+        )
+
+    @property
+    def total(self) -> int:
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to be computed. The last token a sequence may have is never computed: nothing follows it."""
+        total = len(self.tokens) + self.in_flight
+        return 0 if self.in_flight and total >= self.limit else total - self.computed
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token is wanted where computed tokens meet total tokens."""
+        return self.params.max_tokens > 0
+
+    @property
+    def reusable(self) -> int:
+        """How many leading tokens may come from the prefix cache.
+
+        Not the last, whose logits are wanted, nor, where the prompt's logprobs are wanted, what has not been scored.
+        """
+        return self.total - 1 if self.scored >= self.prompt_length else self.scored - 1
+
+    def append(self, token: int) -> FinishReason | None:
+        """Take the next token; say whether it is the last."""
+        self.tokens.append(token)
+        if token in self.stop_tokens and len(self.tokens) - self.prompt_length > self.params.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.tokens) >= self.limit else None
+
+    def block_keys(self, count: int, block_size: int) -> list[BlockKey]:
+        """The keys of the first `count` blocks, all of them full of known tokens."""
+        assert count * block_size <= len(self.tokens)
+        for i in range(len(self.keys), count):
+            parent = self.keys[-1].digest if self.keys else root_digest(self.salt)
+            self.keys.append(block_key(parent, self.tokens[i * block_size : (i + 1) * block_size]))
+        return self.keys[:count]

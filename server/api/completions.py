@@ -1,0 +1,208 @@
+"""POST /v1/completions: a request's way from its bytes to its answer, whole or streamed.
+
+A client that leaves is noticed either way, and closing the generation is what frees its blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
+import string
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from model.tokenizer import Tokenizer
+from server.api.auth import Caller, caller_of
+from server.api.body import ClientGone, read_body, until_gone
+from server.api.errors import INTERNAL, error_object
+from server.api.limits import Limits
+from server.api.models import ServedModel
+from server.api.parsing import CompletionRequest, parse_completion
+from server.api.prompts import encode, fit
+from server.api.rendering import ChoiceCollector, ChoiceOptions, ChunkRenderer, Envelope, usage_json
+from server.api.schemas import CompletionAnswer, completion_schema
+from server.api.sse import DONE, EventStream, event
+from server.engine.output import TokenTexts
+from server.engine.request import Generation, GenerationEngine, GenerationRequest, Prompt
+from server.errors import ServerError
+
+log = logging.getLogger(__name__)
+
+ID_ALPHABET = string.ascii_letters + string.digits
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionService:
+    engine: GenerationEngine
+    tokenizer: Tokenizer
+    model: ServedModel
+    limits: Limits
+    texts: TokenTexts
+    running: set[str]  # ids of the calls being answered; /load counts them
+
+    async def answer(self, request: Request, engine_name: str | None) -> Response:
+        """Raises ServerError or ClientGone before the answer's first byte; never after."""
+        created = int(time.time())
+        raw = await read_body(request.scope, request.receive, self.limits)
+        asked = parse_completion(raw, self.limits)
+        name = self.model.resolve(asked.body.model) if engine_name is None else self.model.resolve_engine(engine_name)
+        prompts = await encode(asked.prompts, self.tokenizer, self._keep_last(asked))
+        call = self._call(asked, prompts, caller_of(request.scope))
+        generation = self.engine.submit(call)
+        public_id = call.id if asked.body.request_id is None else f"cmpl-{asked.body.request_id}"
+        envelope = Envelope(id=public_id, created=created, model=name, fingerprint=self.model.fingerprint)
+        answer = Answer(asked, call, generation, envelope, self.texts, self.running)
+        headers = {"openai-model": name}
+        if asked.ignored:
+            headers["x-ignored-fields"] = ", ".join(asked.ignored)
+        if asked.body.stream:
+            return EventStream(answer.events(), headers, answer.close)
+        try:
+            body = await while_there(answer.collect(), request)
+        finally:
+            await answer.close()
+        return Response(body, headers=headers, media_type="application/json")
+
+    def _keep_last(self, asked: CompletionRequest) -> int | None:
+        keep = asked.body.truncate_prompt_tokens
+        return max(1, self.limits.max_model_len - asked.params.max_tokens) if keep == -1 else keep
+
+    def _call(self, asked: CompletionRequest, prompts: list[Prompt], caller: Caller) -> GenerationRequest:
+        body = asked.body
+        return GenerationRequest(
+            id="cmpl-" + "".join(secrets.choice(ID_ALPHABET) for _ in range(28)),
+            prompts=prompts,
+            params=fit(prompts, body.max_tokens, asked.params, self.limits),
+            n=body.n,
+            best_of=asked.best_of,
+            stop=asked.stop,
+            include_stop_str_in_output=body.include_stop_str_in_output,
+            echo=body.echo,
+            skip_special_tokens=body.skip_special_tokens,
+            tokens_as_ids=body.return_tokens_as_token_ids,
+            priority=body.priority,
+            salt=cache_salt(caller, body.cache_salt),
+            key_name=caller.name,
+        )
+
+
+class Answer:
+    """One call's answer in the making: consumes its generation once, in one of two ways."""
+
+    def __init__(
+        self,
+        asked: CompletionRequest,
+        call: GenerationRequest,
+        generation: Generation,
+        envelope: Envelope,
+        texts: TokenTexts,
+        running: set[str],
+    ) -> None:
+        self._call = call
+        self._generation = generation
+        self._envelope = envelope
+        self._texts = texts
+        self._running = running
+        self._stream_options = asked.stream_options
+        self._options = ChoiceOptions(
+            logprobs=asked.body.logprobs,
+            prompt_logprobs=asked.body.prompt_logprobs,
+            return_token_ids=asked.body.return_token_ids,
+        )
+        running.add(call.id)
+
+    async def collect(self) -> bytes:
+        """Each choice is rendered when it ends, so no large answer is rendered in one go."""
+        collectors: dict[int, ChoiceCollector] = {}
+        done: dict[int, str] = {}
+        async for delta in self._generation:
+            if delta.index not in collectors:
+                prompt = self._call.prompts[delta.index // self._call.n]
+                collectors[delta.index] = ChoiceCollector(delta.index, prompt, self._options, self._texts)
+            choice = collectors[delta.index].push(delta)
+            if choice is not None:
+                done[delta.index] = choice
+        assert len(done) == len(self._call.prompts) * self._call.n
+        choices = ",".join(done[index] for index in sorted(done))
+        return self._envelope.wrap(choices, usage_json(self._generation.usage))
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Only a clean end has [DONE]. An error after the headers is one event, and the last."""
+        try:
+            async for data in self._chunks():
+                yield event(data)
+        except ServerError as error:
+            yield event(json.dumps(error_object(error), ensure_ascii=False).encode())
+        except Exception:
+            log.exception("request %s failed in its stream", self._call.id)
+            yield event(json.dumps(error_object(INTERNAL)).encode())
+        else:
+            yield DONE
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        renderer = ChunkRenderer(self._call.prompts, self._call.n, self._options)
+        with_usage = self._stream_options.include_usage
+        continuous = with_usage and self._stream_options.continuous_usage_stats
+        usage = "null" if with_usage else ""
+        async for delta in self._generation:
+            if continuous:
+                usage = usage_json(self._generation.usage)
+            for choice in renderer.chunks(delta):
+                yield self._envelope.wrap(choice, usage)
+        if with_usage:
+            yield self._envelope.wrap("", usage_json(self._generation.usage))
+
+    async def close(self) -> None:
+        self._running.discard(self._call.id)
+        await self._generation.aclose()
+
+
+async def while_there(work: Coroutine[Any, Any, T], request: Request) -> T:
+    """The work's result, unless the client leaves first: then it is cancelled. Raises ClientGone."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(until_gone(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def cache_salt(caller: Caller, salt: str | None) -> bytes:
+    """Prefix-cache entries are shared within one key's requests only, and within one cache_salt of it."""
+    if not caller.digest and salt is None:
+        return b""
+    return hashlib.sha256(caller.digest + b"\0" + (salt or "").encode()).digest()
+
+
+def completion_routes(service: CompletionService) -> APIRouter:
+    router = APIRouter(tags=["completions"])
+    schema = {"requestBody": {"content": {"application/json": {"schema": completion_schema(service.limits)}}}}
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"model": CompletionAnswer, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    }
+
+    @router.post("/v1/completions", openapi_extra=schema, responses=answers)
+    @router.post("/completions", include_in_schema=False)
+    async def create_completion(request: Request) -> Response:
+        return await service.answer(request, None)
+
+    @router.post("/v1/engines/{engine_id:path}/completions", openapi_extra=schema, responses=answers)
+    @router.post("/engines/{engine_id:path}/completions", include_in_schema=False)
+    async def create_engine_completion(request: Request, engine_id: str) -> Response:
+        return await service.answer(request, engine_id)
+
+    return router

@@ -1,0 +1,82 @@
+"""What every answer carries, whoever wrote it: an id, its time, the API's version; and no exception escapes.
+
+Pure ASGI. BaseHTTPMiddleware would hide a client's leaving from the handlers behind it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.body import ClientGone
+from server.api.errors import INTERNAL, error_response
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+OPENAI_VERSION = "2020-10-01"
+UNMATCHED = "unmatched"
+
+AnswerHook = Callable[[str, int], None]  # route template, HTTP status (499: the client left first)
+
+
+def request_id_of(scope: Scope) -> str:
+    return str(scope.get("request_id", ""))
+
+
+class AnswerMiddleware:
+    """The outermost of ours."""
+
+    def __init__(self, app: ASGIApp, on_answer: AnswerHook) -> None:
+        self._app = app
+        self._on_answer = on_answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        status: int | None = None
+        request_id = _request_id(scope)
+        scope["request_id"] = request_id
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["openai-processing-ms"] = str(round((time.perf_counter() - began) * 1000))
+                headers["openai-version"] = OPENAI_VERSION
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_marked)
+        except ClientGone:
+            pass
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if status is not None:
+                raise  # the server under us has to cut the connection: the answer is half said
+            await error_response(INTERNAL)(scope, receive, send_marked)
+        finally:
+            self._on_answer(_route(scope), status or 499)
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+            return str(value.decode("ascii"))
+    return f"req_{secrets.token_hex(16)}"
+
+
+def _route(scope: Scope) -> str:
+    """The template, never the path: label values come from our own constants."""
+    path = getattr(scope.get("route"), "path", None)
+    return path if isinstance(path, str) else UNMATCHED

@@ -1,0 +1,70 @@
+"""The model being served: its names, and who it is when asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+
+from server.errors import ModelNotFound
+
+OWNER = "gpt2-server"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    name: str  # what answers call it
+    aliases: tuple[str, ...] = ()  # other names it answers to
+    created: int  # unix seconds
+    root: str  # where it came from: an id or a folder's name, never a path
+    max_model_len: int
+    fingerprint: str  # one value for each (weights, dtype, code version)
+
+    def resolve(self, asked: str) -> str:
+        """The served name. None asked for means this one. Raises ModelNotFound."""
+        if not asked or asked == self.name or asked in self.aliases:
+            return self.name
+        raise ModelNotFound(asked)
+
+    def resolve_engine(self, asked: str) -> str:
+        """As in a path: openai 0.28 writes spaces as pluses there."""
+        try:
+            return self.resolve(asked)
+        except ModelNotFound:
+            return self.resolve(asked.replace("+", " "))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *(alias for alias in self.aliases if alias != self.name))
+
+
+def model_object(model: ServedModel, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": OWNER,
+        "root": model.root,
+        "parent": None if name == model.name else model.name,
+        "max_model_len": model.max_model_len,
+        "permission": [],
+    }
+
+
+def model_routes(model: ServedModel) -> APIRouter:
+    router = APIRouter(tags=["models"])
+
+    @router.get("/v1/models")
+    @router.get("/models", include_in_schema=False)
+    async def list_models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [model_object(model, name) for name in model.names]})
+
+    @router.get("/v1/models/{model_id:path}")
+    @router.get("/models/{model_id:path}", include_in_schema=False)
+    async def retrieve_model(model_id: str) -> JSONResponse:
+        model.resolve_engine(model_id)
+        return JSONResponse(model_object(model, model_id if model_id in model.names else model.name))
+
+    return router

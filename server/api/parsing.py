@@ -1,0 +1,282 @@
+"""Raw body bytes to one frozen request: every type, range, limit and cross-field rule is checked here, once.
+
+It knows nothing of HTTP. What needs the tokenizer (does the prompt fit the context?) is in prompts.py.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from model.sampling_params import SamplingParams
+from server.api.limits import Limits
+from server.api.prompts import DEFAULT_MAX_TOKENS, RawPrompt, read_ids, read_prompts
+from server.api.schemas import INT64_MAX, CompletionBody, StreamOptions, Wire
+from server.api.unsupported import DEPENDENT, refuse_unsupported
+from server.errors import InvalidRequest
+
+NOT_JSON = (
+    "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
+    "correctly. The API expects a JSON payload, but what was sent was not valid JSON.)"
+)
+NO_DATA = (
+    "You requested a length 0 completion, but you did not set the 'echo' parameter. That means that we will return no "
+    "data to you. (HINT: set 'echo' to true in order for the API to echo back the prompt to you.)"
+)
+EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "a boolean",
+    "string_type": "a string",
+    "dict_type": "an object",
+    "list_type": "an array",
+    "model_type": "an object",
+}
+BOUNDS = {
+    "greater_than_equal": ("ge", "below minimum value", ">=", "below_min_value"),
+    "less_than_equal": ("le", "above maximum value", "<=", "above_max_value"),
+}
+IGNORED_SHOWN = 16
+
+Body = TypeVar("Body", bound=Wire)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionRequest:
+    """Right by construction, but for the length of its prompts in tokens."""
+
+    body: CompletionBody
+    prompts: tuple[RawPrompt, ...]
+    params: SamplingParams  # max_tokens is not yet fitted to the context
+    best_of: int
+    stop: tuple[str, ...]
+    stream_options: StreamOptions
+    ignored: tuple[str, ...]  # names of fields nobody knows, made safe to show
+
+
+def parse_completion(raw: bytes, limits: Limits) -> CompletionRequest:
+    """Raises InvalidRequest."""
+    fields = read_object(raw)
+    refuse_unsupported(fields)
+    _bound_sizes(fields, limits)
+    body = read_body_fields(CompletionBody, fields)
+    stop = _read_stop(body.stop, limits)
+    prompts = read_prompts(body.prompt, limits)
+    best_of = _check_choices(body, len(prompts), limits)
+    _check_together(body, best_of, limits)
+    return CompletionRequest(
+        body=body,
+        prompts=prompts,
+        params=_sampling_params(body, limits),
+        best_of=best_of,
+        stop=stop,
+        stream_options=body.stream_options or StreamOptions(),
+        ignored=unknown_fields(fields, CompletionBody, DEPENDENT),
+    )
+
+
+def read_object(raw: bytes) -> dict[str, Any]:
+    """One JSON object in UTF-8, without what is null. Of duplicate keys the last counts, as everywhere in JSON."""
+    try:
+        value = from_json(raw, allow_inf_nan=False)
+    except ValueError:
+        raise InvalidRequest(NOT_JSON) from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"The body of the request must be a JSON object, but it is {_kind(value)}.")
+    return {name: item for name, item in value.items() if item is not None}
+
+
+def read_body_fields(body: type[Body], fields: Mapping[str, Any]) -> Body:
+    known = {name: fields[name] for name in body.model_fields if name in fields}
+    options = known.get("stream_options")
+    if isinstance(options, dict):  # the one object inside: null is omitted there too
+        known["stream_options"] = {name: item for name, item in options.items() if item is not None}
+    try:
+        return body.model_validate(known)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def unknown_fields(fields: Iterable[str], body: type[Wire], known: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """A few names at most, and only characters that may stand in a header."""
+    found = []
+    for name in fields:
+        if name not in body.model_fields and name not in known:
+            found.append(re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]))
+            if len(found) == IGNORED_SHOWN:
+                break
+    return tuple(found)
+
+
+def _explain(error: ValidationError) -> InvalidRequest:
+    """The first thing pydantic found, in OpenAI's words. Shows numbers and kinds, never text the client sent."""
+    first = error.errors(include_url=False)[0]
+    kind, value = first["type"], first["input"]
+    name = ".".join(str(part)[:40] for part in first["loc"])
+    param = str(first["loc"][0])
+    if kind == "missing":
+        return InvalidRequest(f"Missing required parameter: '{name}'.", param, "missing_required_parameter")
+    if kind in EXPECTED and not _is_huge(value):
+        expected = f"expected {EXPECTED[kind]}, but got {_kind(value)} instead."
+        return InvalidRequest(f"Invalid type for '{name}': {expected}", param, "invalid_type")
+    if kind in BOUNDS:
+        bound, what, sign, code = BOUNDS[kind]
+        return _out_of_range(name, param, what, f"{sign} {first['ctx'][bound]:.15g}", value, code)
+    wanted = first["msg"].removeprefix("Input should ").removeprefix("String should ")
+    return InvalidRequest(f"Invalid value for '{name}': it should {wanted}.", param, "invalid_value")
+
+
+def _out_of_range(name: str, param: str, what: str, expected: str, value: Any, code: str) -> InvalidRequest:
+    kind = "integer" if isinstance(value, int) else "decimal"
+    shown = "a number beyond 64 bits" if _is_huge(value) else f"{value}"
+    return InvalidRequest(
+        f"Invalid '{name}': {kind} {what}. Expected a value {expected}, but got {shown} instead.",
+        param,
+        f"{kind}_{code}",
+    )
+
+
+def _is_huge(value: Any) -> bool:
+    return type(value) is int and abs(value) > INT64_MAX + 1
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "a boolean"
+    names = {int: "an integer", float: "a decimal", str: "a string", list: "an array", dict: "an object"}
+    return names.get(type(value), "null")
+
+
+def _bound_sizes(fields: Mapping[str, Any], limits: Limits) -> None:
+    """Before pydantic walks them."""
+    _bound_size("logit_bias", fields.get("logit_bias"), limits.max_logit_bias)
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        _bound_size(name, fields.get(name), limits.vocab_size)
+    _bound_size("stop", fields.get("stop"), limits.max_stop_strings)
+
+
+def _bound_size(name: str, value: Any, most: int) -> None:
+    if isinstance(value, list | dict) and len(value) > most:
+        what = "array" if isinstance(value, list) else "object"
+        raise InvalidRequest(
+            f"Invalid '{name}': {what} too long. Expected an {what} with maximum length {most}, but got an {what} "
+            f"with length {len(value)} instead.",
+            name,
+            f"{what}_above_max_length",
+        )
+
+
+def _at_most(name: str, value: int | None, most: int) -> None:
+    if value is not None and value > most:
+        _, what, sign, code = BOUNDS["less_than_equal"]
+        raise _out_of_range(name, name, what, f"{sign} {most}", value, code)
+
+
+def _read_stop(value: Any, limits: Limits) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        message = "Invalid type for 'stop': expected a string or an array of strings."
+        raise InvalidRequest(message, "stop", "invalid_type")
+    for stop in stops:
+        if not stop:
+            raise InvalidRequest("Invalid 'stop': a stop string cannot be empty.", "stop", "empty_string")
+        if len(stop) > limits.max_stop_length:
+            raise InvalidRequest(
+                f"Invalid 'stop': string too long. Expected a string with maximum length {limits.max_stop_length}, "
+                f"but got a string with length {len(stop)} instead.",
+                "stop",
+                "string_above_max_length",
+            )
+    return tuple(stops)
+
+
+def _check_choices(body: CompletionBody, prompts: int, limits: Limits) -> int:
+    """Counts sequences before anything is copied. Returns best_of."""
+    _at_most("n", body.n, limits.max_choices)
+    _at_most("best_of", body.best_of, limits.max_best_of)
+    best_of = body.n if body.best_of is None else body.best_of
+    if body.n > best_of:
+        raise InvalidRequest(
+            "You requested that the server return more choices than it will generate (HINT: you must set 'n' "
+            f"(currently {body.n}) to be at most 'best_of' (currently {best_of}), or omit either parameter if you "
+            "don't specifically want to use them.)",
+            "best_of",
+        )
+    if body.stream and best_of > body.n:
+        raise InvalidRequest("'best_of' above 'n' cannot be streamed: the best is known only at the end.", "best_of")
+    if prompts * best_of > limits.max_sequences:
+        raise InvalidRequest(
+            f"You requested {prompts * best_of} sequences (prompts x max(n, best_of)), and the maximum in one request "
+            f"is {limits.max_sequences}.",
+            "n" if best_of > 1 else "prompt",
+        )
+    return best_of
+
+
+def _check_together(body: CompletionBody, best_of: int, limits: Limits) -> None:
+    _at_most("logprobs", body.logprobs, limits.max_logprobs)
+    _at_most("prompt_logprobs", body.prompt_logprobs, limits.max_logprobs)
+    if body.suffix:
+        raise InvalidRequest("'suffix' is not supported: this model does not insert text.", "suffix")
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidRequest(NO_DATA)
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if body.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"'min_tokens' must be less than or equal to 'max_tokens' ({max_tokens}), but it is {body.min_tokens}.",
+            "min_tokens",
+        )
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("Stream options can only be defined when `stream=True`.", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
+    if body.allowed_token_ids is not None and not body.allowed_token_ids:
+        raise InvalidRequest("'allowed_token_ids' must not be empty.", "allowed_token_ids")
+    if body.truncate_prompt_tokens == 0:
+        raise InvalidRequest("'truncate_prompt_tokens' must be -1 or at least 1.", "truncate_prompt_tokens")
+
+
+def _sampling_params(body: CompletionBody, limits: Limits) -> SamplingParams:
+    allowed = body.allowed_token_ids
+    scored = [count for count in (body.prompt_logprobs, body.logprobs if body.echo else None) if count is not None]
+    return SamplingParams(
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        min_tokens=body.min_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=min(body.top_k, limits.vocab_size) if body.top_k > 0 else None,
+        min_p=body.min_p,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=_read_bias(body.logit_bias, limits),
+        allowed_token_ids=None if allowed is None else _token_set("allowed_token_ids", allowed, limits),
+        stop_token_ids=_token_set("stop_token_ids", body.stop_token_ids, limits),
+        ignore_eos=body.ignore_eos,
+        logprobs=body.logprobs,
+        prompt_logprobs=max(scored, default=None),
+    )
+
+
+def _token_set(name: str, ids: list[int], limits: Limits) -> tuple[int, ...]:
+    return tuple(sorted(set(read_ids(ids, limits, name))))
+
+
+def _read_bias(bias: Mapping[str, float], limits: Limits) -> tuple[tuple[int, float], ...]:
+    by_token: dict[int, float] = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise InvalidRequest("Invalid key in 'logit_bias': it should be a token id in decimal.", "logit_bias")
+        token = int(key)
+        if token >= limits.vocab_size:
+            raise InvalidRequest(f"Token id {token} in 'logit_bias' is out of vocabulary", "logit_bias")
+        by_token[token] = value
+    return tuple(sorted(by_token.items()))

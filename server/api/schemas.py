@@ -1,0 +1,205 @@
+"""The wire: every field a request may carry, with its range and default, and the shapes of the answers.
+
+The request models parse; the answer models only describe (answers are rendered without them). Limits that an
+operator can set are not known here: parsing.py checks them, and `completion_schema` writes them into the document.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from server.api.limits import Limits
+
+INT64_MAX = 2**63 - 1
+
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 16.0 is 16. Booleans and text stay what they are, and are refused."""
+    if type(value) is float and value.is_integer() and abs(value) <= INT64_MAX:
+        return int(value)
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = list[TokenId]
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+Prompts = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]})
+]
+Stops = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {**_TEXTS, "minItems": 0}]})
+]
+
+
+class Wire(BaseModel):
+    """Strictly typed: no text for numbers, no booleans for integers. null was dropped before: it means omitted."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", protected_namespaces=(), allow_inf_nan=False)
+
+
+class StreamOptions(Wire):
+    include_usage: bool = Field(default=False, description="send one last chunk with the usage of the whole request")
+    include_obfuscation: bool = Field(default=False, description="accepted; this server adds no padding")
+    continuous_usage_stats: bool = Field(default=False, description="with include_usage: usage so far, in every chunk")
+
+
+class CompletionBody(Wire):
+    """POST /v1/completions."""
+
+    model: str = Field(default="", description="name of the model; none means the one being served")
+    prompt: Prompts = Field(default=None, description="text, texts, token ids or lists of them; none: a new document")
+    suffix: str = Field(default="", description="refused unless empty: GPT-2 does not insert")
+    max_tokens: Integer | None = Field(default=None, ge=0, le=INT64_MAX, description="default 16; 0 is legal with echo")
+    temperature: float = Field(default=1.0, ge=0, le=2, description="0 takes the most likely token")
+    top_p: float = Field(default=1.0, ge=0, le=1)
+    n: Integer = Field(default=1, ge=1, description="choices for each prompt")
+    best_of: Integer | None = Field(default=None, ge=0, description="candidates for each prompt; the n best return")
+    stream: bool = False
+    stream_options: StreamOptions | None = Field(default=None, description="only with stream")
+    logprobs: Integer | None = Field(default=None, ge=0, description="0 is on: the sampled token's alone")
+    echo: bool = False
+    stop: Stops = Field(default=None, description="texts that end the completion; they are not part of it")
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default={}, description="token id to bias")
+    seed: Integer | None = Field(default=None, ge=-INT64_MAX - 1, le=INT64_MAX, description="same seed, same answer")
+    user: str = ""
+    # vLLM's extensions
+    top_k: Integer = Field(default=-1, ge=-1, le=INT64_MAX, description="0 or -1: all tokens")
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    min_tokens: Integer = Field(default=0, ge=0, le=INT64_MAX, description="nothing ends the completion before it")
+    ignore_eos: bool = False
+    stop_token_ids: TokenIds = Field(default=[], fail_fast=True, description="tokens that end the completion")
+    include_stop_str_in_output: bool = False
+    allowed_token_ids: TokenIds | None = Field(
+        default=None, fail_fast=True, description="no other token can be sampled"
+    )
+    priority: Integer = Field(default=0, ge=-(2**31), le=2**31 - 1, description="lower runs first")
+    cache_salt: str | None = Field(
+        default=None, min_length=1, max_length=256, description="cached prompts are shared within it only"
+    )
+    request_id: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9._-]{1,64}$", description="the answer's id: cmpl-<it>"
+    )
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = Field(default=False, description="logprobs name tokens token_id:N")
+    truncate_prompt_tokens: Integer | None = Field(
+        None, ge=-1, le=INT64_MAX, description="keep a prompt's last N tokens; -1 keeps as many as fit"
+    )
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = Field(default=True, description="accepted; this tokenizer puts none")
+    prompt_logprobs: Integer | None = Field(default=None, ge=0, description="score the prompt too; not with stream")
+    add_special_tokens: bool = Field(default=True, description="accepted; GPT-2 adds none")
+
+
+class TokenizeBody(Wire):
+    model: str = ""
+    prompt: str | None = Field(default=None, description="the text; `content` and `text` are other names for it")
+    content: str | None = None
+    text: str | None = None
+    add_special_tokens: bool = Field(default=True, description="accepted; GPT-2 adds none")
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Wire):
+    model: str = ""
+    tokens: TokenIds = Field(fail_fast=True)
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    error: ErrorDetail
+
+
+class LogprobsAnswer(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class ChoiceAnswer(BaseModel):
+    text: str
+    index: int
+    logprobs: LogprobsAnswer | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None
+
+
+class UsageAnswer(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int]
+
+
+class CompletionAnswer(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[ChoiceAnswer]
+    system_fingerprint: str
+    usage: UsageAnswer
+
+
+class TokenizeAnswer(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeAnswer(BaseModel):
+    prompt: str
+
+
+def request_schema(body: type[Wire]) -> dict[str, Any]:
+    """A body as OpenAPI shows it: self-contained, and null is as good as omitted everywhere."""
+    schema = body.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    for name, shape in schema["properties"].items():
+        reference = [option["$ref"] for option in shape.get("anyOf", ()) if "$ref" in option]
+        if reference:
+            shape["anyOf"] = [definitions[reference[0].rsplit("/", 1)[1]], {"type": "null"}]
+        if name not in schema.get("required", ()):
+            schema["properties"][name] = _nullable(shape)
+    return schema
+
+
+def _nullable(shape: dict[str, Any]) -> dict[str, Any]:
+    about: dict[str, Any] = {key: shape.pop(key) for key in ("title", "description", "default") if key in shape}
+    options = shape.pop("anyOf", None) or [shape]
+    for option in options:  # pydantic leaves these as they are on a nullable integer
+        for name, standard in (("ge", "minimum"), ("le", "maximum")):
+            if name in option:
+                option[standard] = option.pop(name)
+    if {"type": "null"} not in options:
+        options = [*options, {"type": "null"}]
+    return {**about, "anyOf": options}
+
+
+def completion_schema(limits: Limits) -> dict[str, Any]:
+    schema = request_schema(CompletionBody)
+    maxima = {
+        "n": limits.max_choices,
+        "best_of": limits.max_best_of,
+        "logprobs": limits.max_logprobs,
+        "prompt_logprobs": limits.max_logprobs,
+    }
+    for name, maximum in maxima.items():
+        schema["properties"][name]["anyOf"][0]["maximum"] = maximum
+    schema["properties"]["stop"]["anyOf"][1]["maxItems"] = limits.max_stop_strings
+    schema["properties"]["logit_bias"]["anyOf"][0]["maxProperties"] = limits.max_logit_bias
+    return schema

@@ -1,0 +1,60 @@
+"""Server-sent events as the clients of completions read them: `data: …` and a blank line, nothing else but pings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+import anyio
+from sse_starlette.event import ServerSentEvent
+from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
+from starlette.types import Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+PING_SECONDS = 15  # proxies cut a stream that is silent for much longer
+WRITE_SECONDS = 60.0  # a client that reads nothing for so long has gone
+DONE = b"data: [DONE]\n\n"
+
+# Streams end when the drain says so, not when a signal arrives; and no text of a client's belongs in a debug log.
+AppStatus.enable_automatic_graceful_drain = False
+logging.getLogger("sse_starlette.sse").setLevel(logging.INFO)
+
+
+def event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+def _ping() -> ServerSentEvent:
+    return ServerSentEvent(comment="ping", sep="\n")
+
+
+class EventStream(EventSourceResponse):
+    """Sends events; whatever ends it, `close` has been awaited."""
+
+    def __init__(
+        self, events: AsyncIterator[bytes], headers: Mapping[str, str], close: Callable[[], Awaitable[None]]
+    ) -> None:
+        super().__init__(
+            events,
+            headers={"cache-control": "no-cache", **headers},
+            ping=PING_SECONDS,
+            sep="\n",
+            ping_message_factory=_ping,
+            send_timeout=WRITE_SECONDS,
+        )
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            log.info("a client stopped reading its stream")
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._close()
+
+    @staticmethod
+    async def _listen_for_exit_signal() -> None:
+        """The library would poll uvicorn for its exit, in a task that never ends. Ours needs no such watch."""
+        await anyio.sleep_forever()

@@ -1,0 +1,83 @@
+"""The web application, put together from its parts. It starts nothing: no engine, no socket, no task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from model.tokenizer import Tokenizer
+from server.api.auth import AuthMiddleware
+from server.api.completions import CompletionService, completion_routes
+from server.api.engines import engine_routes
+from server.api.errors import answer_http_exception, answer_server_error
+from server.api.limits import Limits
+from server.api.middleware import AnswerHook, AnswerMiddleware
+from server.api.models import ServedModel, model_routes
+from server.api.ops import ops_routes
+from server.api.schemas import ErrorAnswer
+from server.api.tokenize import tokenize_routes
+from server.engine.output import TokenTexts
+from server.engine.request import GenerationEngine
+from server.errors import ServerError
+
+EXPOSED_HEADERS = (
+    "x-request-id", "openai-processing-ms", "openai-model", "openai-version", "retry-after", "x-ignored-fields",
+)  # fmt: skip
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text}
+    for status, text in {
+        400: "The request is wrong",
+        401: "No key, or a wrong one",
+        404: "No such model or URL",
+        405: "No such method here",
+        408: "The body did not arrive in time",
+        413: "The body is too large",
+        429: "This key has had its share; see Retry-After",
+        500: "The server failed",
+        503: "The queue is full, or the server is starting or leaving; see Retry-After",
+    }.items()
+}
+
+
+def create_app(
+    *,
+    engine: GenerationEngine,
+    tokenizer: Tokenizer,
+    model: ServedModel,
+    limits: Limits,
+    version: str,
+    registry: CollectorRegistry,
+    on_answer: AnswerHook,
+    keys: Mapping[str, bytes] | None = None,
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
+    """keys: sha256 digest (`auth.key_digest`) by name; none leaves the server open to all."""
+    app = FastAPI(title="gpt2-server", version=version, docs_url=None, redoc_url=None, responses=ERRORS)
+    texts, running = TokenTexts(tokenizer), set[str]()
+    service = CompletionService(
+        engine=engine, tokenizer=tokenizer, model=model, limits=limits, texts=texts, running=running
+    )
+    app.include_router(completion_routes(service))
+    app.include_router(model_routes(model))
+    app.include_router(engine_routes(model, engine))
+    app.include_router(tokenize_routes(model, tokenizer, texts, limits))
+    app.include_router(ops_routes(engine, registry, running, version))
+    app.add_exception_handler(ServerError, answer_server_error)
+    app.add_exception_handler(HTTPException, answer_http_exception)
+    if keys:  # what is added last stands outermost
+        app.add_middleware(AuthMiddleware, keys=keys)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
+            allow_headers=["*"],
+            expose_headers=list(EXPOSED_HEADERS),
+        )
+    app.add_middleware(AnswerMiddleware, on_answer=on_answer)
+    return app

@@ -1,4 +1,4 @@
-"""`python -m model.training`: trains a GPT-2 from nothing on a directory of text."""
+"""Trains a GPT-2 from nothing on a directory of text."""
 
 from __future__ import annotations
 

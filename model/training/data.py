@@ -24,7 +24,7 @@ TokenArray = npt.NDArray[np.uint16]
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of a UTF-8 text file, plain or `.xz`, in which `<|endoftext|>` stands between them."""
     opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    with opener(path, "rt", encoding="utf-8", newline="") as file:
         text = file.read()
     yield from (document for document in text.split(END_OF_TEXT) if document.strip())
 

@@ -88,7 +88,7 @@ class CandidateSampler:
         self._size = size
 
     def draw(self, targets: Tensor, generator: torch.Generator) -> Candidates:
-        """Candidates for `targets` `(tokens,)`; more than the sampler's size only when there are more targets."""
+        """Candidates for `targets` `(tokens,)`: as many as the sampler's size, or more where the targets fill it."""
         certain = torch.unique(targets)
         inclusion = self._inclusion(certain)
         ids = _systematic_sample(inclusion, generator)
@@ -99,15 +99,16 @@ class CandidateSampler:
         """Each token's probability of being drawn: 1 for `certain`, else proportional to weight and at most 1."""
         inclusion = torch.zeros_like(self._weights)
         inclusion[certain] = 1.0
-        while True:
+        others = max(self._size - certain.numel(), self._size // 4)  # never none: the normaliser needs the rest of it
+        size = certain.numel() + others
+        while size < inclusion.numel():
             free = inclusion < 1.0
-            budget = max(self._size, certain.numel()) - int((~free).sum())
-            if budget <= 0 or not bool(free.any()):
-                return inclusion
-            share = self._weights * (budget / float(self._weights[free].sum()))
-            if not bool((share[free] >= 1.0).any()):
+            share = self._weights * ((size - int((~free).sum())) / float(self._weights[free].sum()))
+            sure = free & (share >= 1.0)
+            if not bool(sure.any()):
                 return torch.where(free, share, inclusion)
-            inclusion[free & (share >= 1.0)] = 1.0
+            inclusion[sure] = 1.0
+        return torch.ones_like(inclusion)
 
 
 def _systematic_sample(inclusion: Tensor, generator: torch.Generator) -> Tensor:

@@ -34,7 +34,7 @@ class Recipe:
     """Everything about a run but its text, its network's shape and its length."""
 
     batch_tokens: int = 8192
-    short_length: int = 256  # tokens in a window until the schedule says long, which is the whole context
+    shorter: int = 4  # windows are this part of the context until the schedule says long
     candidates: int = 4096
     muon_rate: float = 0.02
     adam_rate: float = 4e-3
@@ -51,6 +51,8 @@ class Trainer:
     def __init__(
         self, config: ModelConfig, recipe: Recipe, train: TokenArray, valid: TokenArray, progress: Progress
     ) -> None:
+        if config.n_positions % recipe.shorter or recipe.batch_tokens % config.n_positions:
+            raise ValueError("a batch must be whole contexts, and a context whole short windows")
         self.network = Network(config)
         self.network.initialise(torch.Generator().manual_seed(recipe.seed))
         self.progress = progress
@@ -66,7 +68,7 @@ class Trainer:
     def train_step(self) -> float:
         """One batch, one update; the loss before it, in nats a token. The caller advances the progress."""
         recipe, fraction = self.recipe, self.progress.fraction
-        length = self.network.config.n_positions if recipe.schedule.is_long(fraction) else recipe.short_length
+        length = self.network.config.n_positions // (1 if recipe.schedule.is_long(fraction) else recipe.shorter)
         batch = self._windows.batch(self.tokens // length, recipe.batch_tokens // length, length)
         loss = self._loss(batch, full=recipe.schedule.is_full_softmax(fraction))
         loss.backward()

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from model.config import ModelConfig, read_config
+from model.config import read_config
 from model.errors import DeviceError
 from model.gpt2 import GPT2
+from model.kernels import KernelOps, KernelsUnavailableError, load
 from model.ops import Ops, TorchOps
 from model.weights import read_weights
 
@@ -40,9 +41,24 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> tuple[GPT2, Ops]:
-    """Raises ConfigError or WeightsError."""
-    config: ModelConfig = read_config(directory)
-    ops = TorchOps(device, dtype)
+def choose_ops(device: torch.device, dtype: torch.dtype, kernels: str) -> Ops:
+    """The C kernels on a CPU where they were built (`auto`, or a level by name); PyTorch elsewhere, and for `off`.
+
+    Raises DeviceError for a level that this machine cannot run.
+    """
+    if device.type != "cpu" or kernels == "off":
+        return TorchOps(device, dtype)
+    try:
+        return KernelOps(load(None if kernels == "auto" else kernels))
+    except KernelsUnavailableError as error:
+        if kernels != "auto":
+            raise DeviceError(f"C kernels at level {kernels}: {error}") from error
+        return TorchOps(device, dtype)
+
+
+def load_model(directory: Path, device: torch.device, dtype: torch.dtype, kernels: str = "auto") -> tuple[GPT2, Ops]:
+    """Raises ConfigError, WeightsError or DeviceError."""
+    config = read_config(directory)
+    ops = choose_ops(device, dtype, kernels)
     with torch.inference_mode():
         return GPT2(config, read_weights(directory, config), ops), ops

@@ -55,6 +55,9 @@ class Metrics:
         start = Gauge(f"{PREFIX}_start_time_seconds", "When the server started", registry=self.registry)
         start.set(time.time())
 
+    def answered(self, route: str, status: int) -> None:
+        self.http_requests.labels(route, str(status)).inc()
+
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"{PREFIX}_{name}", text, ["model_name"], registry=self.registry).labels(self._model_name)
 

@@ -34,7 +34,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=())
 
     # Model
-    model: str | None = Field(None, description="a directory, a Hugging Face id, or nothing: the embedded default")
+    model: str | None = Field(
+        default=None, description="a directory, a Hugging Face id, or nothing: the embedded default"
+    )
     revision: str | None = _flag("model", "revision of a Hugging Face id", None)
     served_model_name: list[str] = _flag("model", "name(s) the model answers to; the first is the one shown", [])
     alias: list[str] = _flag("model", "further names that mean the model", list(RETIRED_MODELS))
@@ -45,7 +47,9 @@ class Settings(BaseSettings):
     # Server
     host: str = _flag("server", "address to listen on", "127.0.0.1")
     port: int = _flag("server", "port to listen on; 0 takes a free one", 8000, ge=0, le=65535)
-    api_key: SecretStr | None = Field(None, description="key clients must send; environment or file only", repr=False)
+    api_key: SecretStr | None = Field(
+        default=None, description="key clients must send; environment or file only", repr=False
+    )
     allowed_origins: list[str] = _flag("server", "origins that CORS lets in; none by default", [])
     shutdown_timeout: float = _flag("server", "seconds running requests get to finish after SIGTERM", 30, ge=0, le=3600)
     log_level: Literal["debug", "info", "warning", "error"] = _flag("server", "how much to log", "info")
@@ -56,6 +60,9 @@ class Settings(BaseSettings):
     block_size: int = _flag("engine", "tokens in one block of the KV cache", 16, ge=8, le=256)
     kv_cache_gib: float = _flag("engine", "upper bound of the KV cache, in GiB", 2.0, gt=0)
     enable_prefix_caching: bool = _flag("engine", "share the KV cache of equal prompt beginnings", True)
+    kernels: Literal["auto", "off", "portable", "avx2", "avx512", "vnni"] = _flag(
+        "engine", "C kernels for the CPU: auto, off (PyTorch alone), or an instruction set", "auto"
+    )
     threads: int | None = _flag("engine", "threads of the worker; default: the cores this process may use", None, ge=1)
 
     # Limits

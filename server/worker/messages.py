@@ -27,6 +27,7 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     block_size: int
     kv_cache_bytes: int  # an upper bound; the pool never holds more than max_num_seqs full contexts
     prefix_caching: bool
+    kernels: str
     threads: int
 
 

@@ -1,0 +1,51 @@
+"""Which directory a model argument means: a directory, a Hugging Face id, or nothing: the embedded default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+import model
+from model.errors import ModelError
+
+EMBEDDED = Path(model.__file__).parent / "default"
+EMBEDDED_NAME = "gpt2-server-default"
+FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json", "merges.txt", "tokenizer.json"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    directory: Path
+    name: str  # what the model is called unless the operator says otherwise
+    revision: str | None  # the commit, where the directory came from the Hub
+
+
+def find_checkpoint(model_argument: str | None, revision: str | None) -> Checkpoint:
+    """Downloads what is not in the Hub's cache yet. Raises ModelError."""
+    if model_argument is None:
+        return Checkpoint(EMBEDDED, EMBEDDED_NAME, None)
+    directory = Path(model_argument).expanduser()
+    if directory.is_dir():
+        return Checkpoint(directory.resolve(), directory.resolve().name, None)
+    if directory.exists() or model_argument.count("/") > 1 or model_argument.startswith((".", "~")):
+        raise ModelError(f"{model_argument!r} is no directory")
+    return _from_hub(model_argument, revision)
+
+
+def _from_hub(repo: str, revision: str | None) -> Checkpoint:
+    try:
+        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=FILES))
+    except HFValidationError:
+        raise ModelError(f"{repo!r} is neither a directory nor a Hugging Face id") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{repo!r} is no directory, and the Hugging Face Hub did not give it ({_kind(error)})"
+        ) from None
+    return Checkpoint(directory, repo, directory.name)
+
+
+def _kind(error: Exception) -> str:
+    return type(error).__name__

@@ -1,0 +1,71 @@
+"""One candidate answer to one prompt: what the worker has said of it so far.
+
+It remembers every token, so that a new worker can go on where a dead one stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from model.sampling_params import SamplingParams
+from model.step import PromptLogprobs, TokenLogprobs
+from server.engine.output import ChoiceOutput
+from server.engine.request import ChoiceDelta, Prompt
+from server.worker.messages import Add, FinishReason, SequenceOutput
+
+
+class Candidate:
+    def __init__(self, id_: int, prompt: Prompt, params: SamplingParams, output: ChoiceOutput, *, echo: bool) -> None:
+        """id_: the sequence's name between api process and worker."""
+        self.id = id_
+        self.prompt = prompt
+        self.params = params
+        self.tokens: list[int] = []
+        self.cached_tokens = 0
+        self.finish: FinishReason | None = None
+        self._output = output
+        self._echo_due = echo
+        self._logprob_sum = 0.0
+        self._prompt_rows: list[TokenLogprobs] = []
+
+    @property
+    def mean_logprob(self) -> float:
+        """What best_of ranks by."""
+        return self._logprob_sum / max(len(self.tokens), 1)
+
+    def add_message(self, priority: int, salt: bytes) -> Add:
+        """What a worker needs to compute the rest of it."""
+        return Add(
+            id=self.id,
+            prompt=self.prompt.token_ids,
+            params=self.params,
+            output=list(self.tokens),
+            priority=priority,
+            salt=salt,
+        )
+
+    def take(self, said: SequenceOutput) -> Iterator[ChoiceDelta]:
+        """What a step said becomes text. Look at `finish` afterwards: a stop string may have ended the candidate."""
+        if said.cached_tokens is not None and not self.tokens:
+            self.cached_tokens = said.cached_tokens
+        if said.prompt_logprobs is not None:
+            self._take_prompt_rows(said.prompt_logprobs)
+        if said.token is None and said.finish is None:
+            return
+        if self._echo_due:
+            self._echo_due = False
+            yield self._output.echo(self._prompt_rows if self.params.prompt_logprobs is not None else None)
+        tokens = [] if said.token is None else [said.token]
+        self.tokens += tokens
+        rows = None if said.logprobs is None else [said.logprobs]
+        if said.logprobs is not None:
+            self._logprob_sum += said.logprobs.logprob
+        delta = self._output.push(tokens, rows or [], said.finish, said.stop_token)
+        self.finish = delta.finish_reason
+        yield delta
+
+    def _take_prompt_rows(self, scored: PromptLogprobs) -> None:
+        """A worker that resumes scores the prompt again from its start: keep each row once."""
+        known = len(self._prompt_rows) + 1 - scored.start  # the row of position p is number p - 1
+        assert known >= 0
+        self._prompt_rows += scored.rows[known:]

@@ -1,0 +1,231 @@
+"""From settings to a running service and back: what is started, in which order, and how it ends.
+
+Signals are ours: SIGTERM or SIGINT drains (no new work, running requests finish), a second one ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import uvicorn
+from fastapi import FastAPI
+
+from model.config import ModelConfig, read_config
+from model.errors import ConfigError
+from model.tokenizer import read_tokenizer
+from server import __version__
+from server.api.auth import key_digest
+from server.api.limits import Limits
+from server.api.models import ServedModel
+from server.app import create_app
+from server.checkpoint import Checkpoint, find_checkpoint
+from server.engine.admission import Admission
+from server.engine.engine import Engine
+from server.engine.observer import Observer
+from server.engine.supervisor import Supervisor
+from server.errors import Draining, EngineError
+from server.metrics import Metrics
+from server.settings import Settings
+from server.worker.messages import Ready, Start
+
+log = logging.getLogger(__name__)
+
+POLL = 0.02  # seconds between looks at whether a worker is ready, or a drain is done
+LAST_WORDS = 1  # seconds that answers which were cut short get to leave
+KEEP_ALIVE = 15  # seconds an idle connection is kept
+HEADER_BYTES_MAX = 32 << 10
+
+
+class HTTPServer(uvicorn.Server):
+    """uvicorn without its signal handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The parts of a running server, put together once."""
+
+    engine: Engine
+    supervisor: Supervisor
+    http: HTTPServer
+    listener: socket.socket
+    shutdown_timeout: float
+
+    async def run(self, announce: Callable[[Ready], None]) -> int:
+        """Until a signal or the end of the last worker. Returns the exit status."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, stop)
+        http = asyncio.create_task(self.http.serve(sockets=[self.listener]))
+        worker = asyncio.create_task(self.supervisor.run())
+        announcing = asyncio.create_task(self._announce(announce))
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({worker, stopped, http}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.is_set():
+                await self._drain()
+            else:
+                self.engine.fail_all(EngineError("The engine has stopped and cannot answer this request."))
+        finally:
+            announcing.cancel()
+            self.supervisor.stop()
+            status = await worker
+            self.http.should_exit = True
+            await http
+            stopped.cancel()
+        return status
+
+    def _on_signal(self, stop: asyncio.Event) -> None:
+        if stop.is_set():
+            log.warning("second signal: ending at once")
+            os._exit(1)
+        stop.set()
+
+    async def _announce(self, announce: Callable[[Ready], None]) -> None:
+        while not self.engine.ready:
+            await asyncio.sleep(POLL)
+        assert self.engine.worker is not None
+        announce(self.engine.worker)
+
+    async def _drain(self) -> None:
+        """New work is refused from the first moment; what runs may finish; what is left at the end is told so."""
+        log.info("draining", extra={"requests": self.engine.load})
+        self.engine.drain()
+        deadline = time.monotonic() + self.shutdown_timeout
+        while not self.engine.idle and time.monotonic() < deadline:
+            await asyncio.sleep(POLL)
+        if not self.engine.idle:
+            log.warning("drain window is over", extra={"requests": self.engine.load})
+            self.engine.fail_all(Draining("The server shut down before this request was finished."))
+
+
+def build(settings: Settings) -> tuple[Service, ServedModel]:
+    """Raises ModelError where the model cannot be served, and OSError where the address cannot be bound."""
+    checkpoint = find_checkpoint(settings.model, settings.revision)
+    config = read_config(checkpoint.directory)
+    tokenizer = read_tokenizer(checkpoint.directory, config.vocab_size, config.eos_token_id)
+    max_model_len = _context(settings, config)
+    served = _served_model(settings, checkpoint, max_model_len)
+    metrics = Metrics(served.name, __version__)
+    admission = Admission(settings.max_num_queued_reqs, settings.max_num_queued_tokens)
+    engine = Engine(tokenizer, admission, Observer(metrics))
+    app = create_app(
+        engine=engine,
+        tokenizer=tokenizer,
+        model=served,
+        limits=_limits(settings, max_model_len, config.vocab_size),
+        version=__version__,
+        registry=metrics.registry,
+        on_answer=metrics.answered,
+        keys=_keys(settings),
+        cors_origins=settings.allowed_origins,
+    )
+    service = Service(
+        engine=engine,
+        supervisor=Supervisor(_start(settings, checkpoint, max_model_len), engine),
+        http=HTTPServer(_http_config(app)),
+        listener=_listen(settings.host, settings.port),
+        shutdown_timeout=settings.shutdown_timeout,
+    )
+    return service, served
+
+
+def _context(settings: Settings, config: ModelConfig) -> int:
+    wanted = settings.max_model_len or config.n_positions
+    if wanted > config.n_positions:
+        raise ConfigError(f"max_model_len {wanted} is more than the model's {config.n_positions} positions")
+    return wanted
+
+
+def _served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int) -> ServedModel:
+    name, *more = settings.served_model_name or [checkpoint.name]
+    return ServedModel(
+        name=name,
+        aliases=(*more, *settings.alias),
+        created=int(time.time()),
+        root=checkpoint.name,
+        max_model_len=max_model_len,
+        fingerprint=_fingerprint(checkpoint, settings.dtype),
+    )
+
+
+def _fingerprint(checkpoint: Checkpoint, dtype: str) -> str:
+    """The same for the same files, dtype and version: weights by size and time, which is what a start can afford."""
+    digest = hashlib.sha256(f"{__version__} {dtype}".encode())
+    for path in sorted(checkpoint.directory.glob("*.safetensors")):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    digest.update((checkpoint.directory / "config.json").read_bytes())
+    return f"gpt2-server-{__version__}-{digest.hexdigest()[:8]}"
+
+
+def _limits(settings: Settings, max_model_len: int, vocab_size: int) -> Limits:
+    return Limits(
+        max_model_len=max_model_len,
+        vocab_size=vocab_size,
+        max_choices=settings.max_choices,
+        max_best_of=settings.max_best_of,
+        max_prompts=settings.max_sequences,
+        max_sequences=settings.max_sequences,
+        max_stop_strings=settings.max_stop_strings,
+        max_stop_length=settings.max_stop_length,
+        max_logprobs=settings.max_logprobs,
+        max_body_bytes=settings.max_body_bytes,
+    )
+
+
+def _keys(settings: Settings) -> dict[str, bytes]:
+    return {} if settings.api_key is None else {"default": key_digest(settings.api_key.get_secret_value())}
+
+
+def _start(settings: Settings, checkpoint: Checkpoint, max_model_len: int) -> Start:
+    return Start(
+        model=str(checkpoint.directory),
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        block_size=settings.block_size,
+        kv_cache_bytes=int(settings.kv_cache_gib * (1 << 30)),
+        prefix_caching=settings.enable_prefix_caching,
+        kernels=settings.kernels,
+        threads=settings.threads or len(os.sched_getaffinity(0)),
+    )
+
+
+def _http_config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",  # bounded headers; httptools takes a header of any size
+        h11_max_incomplete_event_size=HEADER_BYTES_MAX,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=LAST_WORDS,
+        backlog=2048,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before anything is loaded, so that a taken port is said at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=2048)
+    listener.setblocking(False)
+    return listener

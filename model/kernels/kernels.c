@@ -154,6 +154,16 @@ static void *scratch(size_t bytes) /* called with pool.caller held */
     return memory;
 }
 
+/* Bytes of one packed panel. */
+static size_t panel_bytes(const struct linear *w, size_t panel)
+{
+    switch (w->kind) {
+    case KIND_F32: return w->in * panel * 4;
+    case KIND_F16: return w->in * panel * 2;
+    default: return ROUND_UP(w->in, 4) * panel + DIV_UP(w->in, KB) * panel * 4;
+    }
+}
+
 /* === One copy of ops.h for each instruction set === */
 
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed to inlined functions alone */
@@ -218,22 +228,10 @@ int kernels_best_level(void) { return 0; }
 
 const char *kernels_level_name(int level) { return levels[level]->name; }
 
-static int64_t padded(const struct linear *w) { return ROUND_UP(w->in, w->kind == KIND_I8 ? 4 : 1); }
-
-/* Bytes of one packed panel. */
-static size_t panel_bytes(const struct linear *w)
-{
-    size_t panel = levels[w->level]->panel, in = padded(w);
-    switch (w->kind) {
-    case KIND_F32: return in * panel * 4;
-    case KIND_F16: return in * panel * 2;
-    default: return in * panel + DIV_UP(in, KB) * panel * 4;
-    }
-}
-
 size_t kernels_panels_bytes(const struct linear *w)
 {
-    return DIV_UP(w->out, levels[w->level]->panel) * panel_bytes(w);
+    const int64_t panel = levels[w->level]->panel;
+    return DIV_UP(w->out, panel) * panel_bytes(w, panel);
 }
 
 static void locked(void (*job)(void *), void *call)

@@ -17,7 +17,7 @@
 enum { KB = 256 };          /* columns of x packed together; also the largest head_dim, and one int8 group */
 enum { GROUP = 16 };        /* positions of a key group */
 enum { SPAN = 64 };         /* positions of one softmax step, aligned to position 0 whatever the chunk */
-enum { MAX_TILE_ROWS = 12, MAX_PANEL = 32 };
+enum { MAX_PANEL = 32 };
 
 enum kind { KIND_F32, KIND_F16, KIND_I8 };
 enum activation { ACT_NONE, ACT_GELU_TANH, ACT_GELU_ERF, ACT_RELU, ACT_SILU };
@@ -39,6 +39,13 @@ struct linear_call {
     void *packed;          /* scratch */
     int64_t rows;
     int32_t act;
+};
+
+/* Rows of x, quantised and packed: x = scale * (value - zero). */
+struct quantised {
+    uint8_t *values; /* (groups, rows of a tile, KB) */
+    float *scale;    /* (groups, rows of a tile) */
+    int32_t *zero;
 };
 
 struct pack_call {

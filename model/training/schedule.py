@@ -34,8 +34,8 @@ class Schedule:
 
     warm_up: float = 0.01
     decay_from: float = 0.6
-    long_from: float = 0.75
-    full_softmax_from: float = 0.9
+    long_from: float = 0.7
+    full_softmax_from: float = 0.95
 
     def rate(self, fraction: float) -> float:
         """What to multiply the base learning rates by."""

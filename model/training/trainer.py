@@ -37,7 +37,7 @@ class Recipe:
     shorter: int = 4  # windows are this part of the context until the schedule says long
     candidates: int = 4096
     muon_rate: float = 0.02
-    adam_rate: float = 4e-3
+    adam_rate: float = 6e-3
     seed: int = 1
     half_precision: bool = True  # matrix products in bfloat16; weights, sums and norms stay in fp32
     validate_every: int = 250

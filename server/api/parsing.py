@@ -18,7 +18,7 @@ from model.sampling_params import SamplingParams
 from server.api.limits import Limits
 from server.api.prompts import DEFAULT_MAX_TOKENS, RawPrompt, read_ids, read_prompts
 from server.api.schemas import INT64_MAX, CompletionBody, StreamOptions, Wire
-from server.api.unsupported import DEPENDENT, refuse_unsupported
+from server.api.unsupported import KNOWN, refuse_unsupported
 from server.errors import InvalidRequest
 
 NOT_JSON = (
@@ -78,7 +78,7 @@ def parse_completion(raw: bytes, limits: Limits) -> CompletionRequest:
         best_of=best_of,
         stop=stop,
         stream_options=body.stream_options or StreamOptions(),
-        ignored=unknown_fields(fields, CompletionBody, DEPENDENT),
+        ignored=unknown_fields(fields, CompletionBody, KNOWN),
     )
 
 

@@ -63,10 +63,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
 }
 # They only shape one of the above: without it they ask for nothing, whatever they hold.
-DEPENDENT = frozenset({
+DEPENDENT = {
     "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "xtc_threshold", "mirostat_tau",
     "mirostat_eta", "dynatemp_exponent", "repeat_last_n", "tool_choice", "function_call",
-})  # fmt: skip
+}  # fmt: skip
+KNOWN = frozenset(UNSUPPORTED) | DEPENDENT
 
 
 def refuse_unsupported(fields: dict[str, Any]) -> None:

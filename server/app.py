@@ -28,19 +28,20 @@ from server.errors import ServerError
 EXPOSED_HEADERS = (
     "x-request-id", "openai-processing-ms", "openai-model", "openai-version", "retry-after", "x-ignored-fields",
 )  # fmt: skip
+FAILURES: dict[int | str, str] = {
+    400: "The request is wrong",
+    401: "No key, or a wrong one",
+    404: "No such model or URL",
+    405: "No such method here",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    429: "This key has had its share; see Retry-After",
+    500: "The server failed",
+    503: "The queue is full, or the server is starting or leaving; see Retry-After",
+    "default": "Any other failure",
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": text}
-    for status, text in {
-        400: "The request is wrong",
-        401: "No key, or a wrong one",
-        404: "No such model or URL",
-        405: "No such method here",
-        408: "The body did not arrive in time",
-        413: "The body is too large",
-        429: "This key has had its share; see Retry-After",
-        500: "The server failed",
-        503: "The queue is full, or the server is starting or leaving; see Retry-After",
-    }.items()
+    status: {"model": ErrorAnswer, "description": text} for status, text in FAILURES.items()
 }
 
 

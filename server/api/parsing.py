@@ -119,8 +119,8 @@ def _explain(error: ValidationError) -> InvalidRequest:
     """The first thing pydantic found, in OpenAI's words. Shows numbers and kinds, never text the client sent."""
     first = error.errors(include_url=False)[0]
     kind, value = first["type"], first["input"]
-    name = ".".join(str(part)[:40] for part in first["loc"])
     param = str(first["loc"][0])
+    name = param if param == "logit_bias" else ".".join(map(str, first["loc"]))  # its keys are the client's own text
     if kind == "missing":
         return InvalidRequest(f"Missing required parameter: '{name}'.", param, "missing_required_parameter")
     if kind in EXPECTED and not _is_huge(value):

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 PING_SECONDS = 15  # proxies cut a stream that is silent for much longer
 WRITE_SECONDS = 60.0  # a client that reads nothing for so long has gone
+EXOTIC_LINE_ENDS = [(c.encode(), f"\\u{ord(c):04x}".encode()) for c in "\x85\u2028\u2029"]
 DONE = b"data: [DONE]\n\n"
 
 # Streams end when the drain says so, not when a signal arrives; and no text of a client's belongs in a debug log.
@@ -22,6 +23,10 @@ logging.getLogger("sse_starlette.sse").setLevel(logging.INFO)
 
 
 def event(data: bytes) -> bytes:
+    """One line to every reader: some clients' line splitters (httpx.iter_lines) know more line ends than SSE has."""
+    if not data.isascii():
+        for character, escape in EXOTIC_LINE_ENDS:
+            data = data.replace(character, escape)
     return b"data: " + data + b"\n\n"
 
 

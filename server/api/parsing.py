@@ -115,6 +115,9 @@ def unknown_fields(fields: Iterable[str], body: type[Wire], known: frozenset[str
     return tuple(found)
 
 
+DECIMALS = {name for name, field in CompletionBody.model_fields.items() if field.annotation is float} | {"logit_bias"}
+
+
 def _explain(error: ValidationError) -> InvalidRequest:
     """The first thing pydantic found, in OpenAI's words. Shows numbers and kinds, never text the client sent."""
     first = error.errors(include_url=False)[0]
@@ -134,7 +137,7 @@ def _explain(error: ValidationError) -> InvalidRequest:
 
 
 def _out_of_range(name: str, param: str, what: str, expected: str, value: Any, code: str) -> InvalidRequest:
-    kind = "integer" if isinstance(value, int) else "decimal"
+    kind = "decimal" if param in DECIMALS else "integer"
     shown = "a number beyond 64 bits" if _is_huge(value) else f"{value}"
     return InvalidRequest(
         f"Invalid '{name}': {kind} {what}. Expected a value {expected}, but got {shown} instead.",

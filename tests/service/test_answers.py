@@ -1,0 +1,140 @@
+"""The whole service on real input: batching, text, seeds, and clients that leave."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from serving import RunningServer
+
+MIXED = [
+    {
+        "prompt": " ".join(["word", "tree", "sea"][: 1 + i % 3] * (1 + i)),
+        "max_tokens": 5 + 3 * (i % 11),
+        "temperature": [0.0, 0.7, 1.0, 1.4][i % 4],
+        "top_p": [1.0, 0.9][i % 2],
+        "seed": i,
+        "logprobs": [None, 0, 3][i % 3],
+    }
+    for i in range(32)
+]
+
+
+def answer(server: RunningServer, request: dict[str, Any]) -> list[dict[str, Any]]:
+    choices: list[dict[str, Any]] = server.complete(**request)["choices"]
+    return choices
+
+
+def test_thirty_two_requests_get_what_each_gets_alone_and_share_their_steps(idle: RunningServer) -> None:
+    alone = [answer(idle, request) for request in MIXED]
+    before = idle.metrics()["gpt2_engine_step_seconds_count"]
+
+    def late(i: int) -> list[dict[str, Any]]:
+        time.sleep(0.004 * i)
+        return answer(idle, MIXED[i])
+
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(late, range(32)))
+    assert together == alone
+    steps = idle.metrics()["gpt2_engine_step_seconds_count"] - before
+    longest, everything = 35, sum(int(request["max_tokens"]) for request in MIXED)  # type: ignore[call-overload]
+    assert steps < 6 * longest < everything
+
+
+def test_a_running_batch_is_joined_and_left_at_once(idle: RunningServer) -> None:
+    """A short request that arrives while a long one runs is answered long before the long one's end."""
+    with httpx.stream(
+        "POST", f"{idle.url}/v1/completions", json={"prompt": "a", "max_tokens": 900, "stream": True, "seed": 1}
+    ) as long:
+        chunks = (line for line in long.iter_lines() if line)
+        next(chunks)
+        answer(idle, {"prompt": "b", "max_tokens": 3, "seed": 1})
+        left = sum(1 for _ in chunks)
+    assert left > 300
+
+
+TEXTS = [
+    "plain",
+    "naïve café — “quotes”",
+    "e\u0301 a\u0308 combining",
+    "日本語のテキスト、中文字符",
+    "👩🏽‍🚀🇺🇳 emoji 🏳️‍🌈",
+    "עברית العربية",
+    "".join(chr(value) for value in range(1, 256)),
+]
+
+
+@pytest.mark.parametrize("prompt", TEXTS)
+def test_streamed_text_joined_is_the_unstreamed_text(prompt: str, idle: RunningServer) -> None:
+    request = {"prompt": prompt, "max_tokens": 40, "temperature": 1.5, "seed": 3, "echo": True}
+    whole = idle.complete(**request)["choices"][0]["text"]
+    assert whole.startswith(prompt)
+    assert "".join(chunk["choices"][0]["text"] for chunk in idle.stream(**request)) == whole
+
+
+def test_every_single_byte_can_be_said_and_streamed(idle: RunningServer) -> None:
+    """Each byte's own token, forced by a bias; what is no UTF-8 by itself becomes one replacement character."""
+    vocabulary = {}
+    for token in range(256):  # GPT-2's first 256 tokens are the bytes, in an order of its own
+        row = httpx.post(f"{idle.url}/v1/completions", json={"prompt": [token], "max_tokens": 0, "echo": True}).json()
+        vocabulary[token] = row["choices"][0]["text"]
+    assert sorted(text for text in vocabulary.values() if text != "\ufffd") == [chr(value) for value in range(128)]
+    for token in (0, 100, 187, 188, 222, 255):
+        request = {"prompt": "x", "max_tokens": 1, "temperature": 0, "logit_bias": {str(token): 100}}
+        assert idle.complete(**request)["choices"][0]["text"] == vocabulary[token]
+        assert "".join(chunk["choices"][0]["text"] for chunk in idle.stream(**request)) == vocabulary[token]
+
+
+def test_a_character_of_many_tokens_comes_whole(idle: RunningServer) -> None:
+    """Echoed from its ids: no replacement character stands inside it, in whatever pieces it comes."""
+    text = "say 👩🏽‍🚀字é"
+    tokens = httpx.post(f"{idle.url}/tokenize", json={"prompt": text}).json()["tokens"]
+    chunks = idle.stream(prompt=tokens, max_tokens=1, seed=1, echo=True)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks).startswith(text)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_client_that_leaves_frees_its_blocks(stream: bool, n: int, idle: RunningServer) -> None:
+    before = idle.metrics().get('gpt2_request_success_total{finished_reason="abort"}', 0)
+    where = urlsplit(idle.url)
+    assert where.hostname is not None
+    body = json.dumps({"prompt": "a b c d e f", "max_tokens": 1000, "stream": stream, "n": n, "ignore_eos": True})
+    with socket.create_connection((where.hostname, where.port or 80)) as client:
+        client.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        deadline = time.monotonic() + 10
+        while idle.metrics()["gpt2_num_requests_running"] < n:
+            assert time.monotonic() < deadline
+        assert idle.metrics()["gpt2_kv_cache_usage_perc"] > 0
+    now = idle.wait_until_idle()
+    assert now['gpt2_request_success_total{finished_reason="abort"}'] == before + n
+
+
+def test_samples_differ_and_can_be_had_again(idle: RunningServer) -> None:
+    request = {"prompt": "Once", "n": 4, "max_tokens": 12, "seed": 11}
+    first, second = (answer(idle, request) for _ in range(2))
+    assert first == second
+    assert len({choice["text"] for choice in first}) == 4
+    assert answer(idle, {**request, "n": 2}) == first[:2]
+
+
+def test_best_of_returns_the_most_likely(idle: RunningServer) -> None:
+    request = {"prompt": "Once", "max_tokens": 12, "seed": 11, "logprobs": 0}
+    every = answer(idle, {**request, "n": 5})
+
+    def mean(choice: dict[str, Any]) -> float:
+        values = choice["logprobs"]["token_logprobs"]
+        return sum(values) / len(values)
+
+    ranked = sorted(every, key=mean, reverse=True)
+    got = idle.complete(**request, n=2, best_of=5)
+    assert [choice["text"] for choice in got["choices"]] == [choice["text"] for choice in ranked[:2]]
+    assert got["usage"]["completion_tokens"] == sum(len(choice["logprobs"]["tokens"]) for choice in every)

@@ -78,8 +78,13 @@ def parse_completion(raw: bytes, limits: Limits) -> CompletionRequest:
         best_of=best_of,
         stop=stop,
         stream_options=body.stream_options or StreamOptions(),
-        ignored=unknown_fields(fields, CompletionBody, KNOWN),
+        ignored=_ignored(fields),
     )
+
+
+def _ignored(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    options = unknown_fields(fields.get("stream_options", {}), StreamOptions)
+    return (*unknown_fields(fields, CompletionBody, KNOWN), *(f"stream_options.{name}" for name in options))
 
 
 def read_object(raw: bytes) -> dict[str, Any]:

@@ -419,6 +419,8 @@ def test_28_what_asks_for_nothing_is_accepted(api: Api) -> None:
     response = api.post(prompt="a", guided_json=None, mirostat_tau=5.0, metadata={"a": 1}, odd="x", **idle)
     assert response.headers["x-ignored-fields"] == "metadata, odd"
     assert "x-ignored-fields" not in api.post(prompt="a").headers
+    response = api.post(prompt="a", stream=True, stream_options={"include_usage": True, "more": 1})
+    assert response.headers["x-ignored-fields"] == "stream_options.more"
 
 
 def test_29_top_p_0_and_tiny_temperatures_are_greedy(api: Api) -> None:

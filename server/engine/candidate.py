@@ -6,6 +6,7 @@ It remembers every token, so that a new worker can go on where a dead one stoppe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from model.sampling_params import SamplingParams
 from model.step import PromptLogprobs, TokenLogprobs
@@ -52,17 +53,24 @@ class Candidate:
             self._take_prompt_rows(said.prompt_logprobs)
         if said.token is None and said.finish is None:
             return
+        scores = self._scores_due()
         if self._echo_due:
             self._echo_due = False
-            yield self._output.echo(self._prompt_rows if self.params.prompt_logprobs is not None else None)
+            yield replace(self._output.echo(scores), prompt_logprobs=scores)
+            scores = None
         tokens = [] if said.token is None else [said.token]
         self.tokens += tokens
-        rows = None if said.logprobs is None else [said.logprobs]
-        if said.logprobs is not None:
-            self._logprob_sum += said.logprobs.logprob
-        delta = self._output.push(tokens, rows or [], said.finish, said.stop_token)
+        rows = [] if said.logprobs is None else [said.logprobs]
+        self._logprob_sum += sum(row.logprob for row in rows)
+        delta = self._output.push(tokens, rows, said.finish, said.stop_token)
         self.finish = delta.finish_reason
-        yield delta
+        yield delta if scores is None else replace(delta, prompt_logprobs=scores)
+
+    def _scores_due(self) -> list[TokenLogprobs] | None:
+        """The prompt's scores, where they are asked for, once: they go with the first delta."""
+        if self.params.prompt_logprobs is None or self.tokens:
+            return None
+        return self._prompt_rows
 
     def _take_prompt_rows(self, scored: PromptLogprobs) -> None:
         """A worker that resumes scores the prompt again from its start: keep each row once."""

@@ -158,10 +158,8 @@ def _prompt_tokens(request: GenerationRequest) -> int:
 
 
 def _params_of(request: GenerationRequest, k: int) -> SamplingParams:
-    """Of candidate k: its own random numbers, and the scores that echo and best_of need."""
+    """Of candidate k: its own random numbers, and the scores that best_of ranks by."""
     params = replace(request.params, choice=k)
     if request.best_of > request.n and params.logprobs is None:
         params = replace(params, logprobs=0)
-    if request.echo and request.params.logprobs is not None:
-        params = replace(params, prompt_logprobs=request.params.logprobs)
     return params

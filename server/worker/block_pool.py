@@ -28,9 +28,17 @@ def root_digest(salt: bytes) -> bytes:
     return sha256(salt).digest()
 
 
-def block_key(parent: bytes, tokens: list[int]) -> BlockKey:
-    packed = array("I", tokens).tobytes()
-    return BlockKey(sha256(parent + packed).digest(), packed)
+def block_keys(parent: bytes, tokens: list[int], block_size: int) -> list[BlockKey]:
+    """The keys of full blocks that hold these tokens, one after the other behind `parent`."""
+    packed = array("I", tokens)
+    width = block_size * packed.itemsize
+    data = packed.tobytes()
+    keys = []
+    for at in range(0, len(data), width):
+        own = data[at : at + width]
+        parent = sha256(parent + own).digest()
+        keys.append(BlockKey(parent, own))
+    return keys
 
 
 class BlockPool:

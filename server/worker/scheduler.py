@@ -182,7 +182,7 @@ class Scheduler:
         if not self.pool.enable_prefix_caching:
             return []
         full = min(len(sequence.tokens) // self.pool.block_size, self.pool.blocks_for(sequence.reusable))
-        return self.pool.match(sequence.block_keys(full, self.pool.block_size))
+        return self.pool.match(sequence.leading_keys(full, self.pool.block_size))
 
     def _count_hits(self, sequence: Sequence) -> None:
         if sequence.preemptions == 0:  # finding its own blocks again is no hit
@@ -199,7 +199,7 @@ class Scheduler:
         if self.pool.enable_prefix_caching:
             full = min(sequence.computed, len(sequence.tokens)) // self.pool.block_size
             if full > sequence.registered:
-                keys = sequence.block_keys(full, self.pool.block_size)
+                keys = sequence.leading_keys(full, self.pool.block_size)
                 for i in range(sequence.registered, full):
                     self.pool.register(sequence.block_table[i], keys[i])
                 sequence.registered = full

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from model.sampling_params import SamplingParams
-from server.worker.block_pool import BlockKey, block_key, root_digest
+from server.worker.block_pool import BlockKey, block_keys, root_digest
 from server.worker.messages import Add, FinishReason
 
 
@@ -88,10 +88,11 @@ class Sequence:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.limit else None
 
-    def block_keys(self, count: int, block_size: int) -> list[BlockKey]:
+    def leading_keys(self, count: int, block_size: int) -> list[BlockKey]:
         """The keys of the first `count` blocks, all of them full of known tokens."""
         assert count * block_size <= len(self.tokens)
-        for i in range(len(self.keys), count):
+        known = len(self.keys)
+        if count > known:
             parent = self.keys[-1].digest if self.keys else root_digest(self.salt)
-            self.keys.append(block_key(parent, self.tokens[i * block_size : (i + 1) * block_size]))
+            self.keys += block_keys(parent, self.tokens[known * block_size : count * block_size], block_size)
         return self.keys[:count]

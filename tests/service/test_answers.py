@@ -138,3 +138,28 @@ def test_best_of_returns_the_most_likely(idle: RunningServer) -> None:
     got = idle.complete(**request, n=2, best_of=5)
     assert [choice["text"] for choice in got["choices"]] == [choice["text"] for choice in ranked[:2]]
     assert got["usage"]["completion_tokens"] == sum(len(choice["logprobs"]["tokens"]) for choice in every)
+
+
+def test_prompt_scoring_is_one_pass_and_generates_nothing(idle: RunningServer) -> None:
+    ids = [1212, 318, 257, 1332]
+    before = idle.metrics()
+    got = idle.complete(prompt=[ids, ids[:2]], max_tokens=0, echo=True, logprobs=2)
+    after = idle.metrics()
+    assert after["gpt2_engine_step_seconds_count"] == before["gpt2_engine_step_seconds_count"] + 1
+    assert got["usage"]["completion_tokens"] == 0
+    assert [len(choice["logprobs"]["tokens"]) for choice in got["choices"]] == [4, 2]
+    assert {choice["finish_reason"] for choice in got["choices"]} == {"length"}
+    first = got["choices"][0]["logprobs"]
+    assert first["token_logprobs"][0] is None
+    # Scored as a prompt, or drawn one by one: the same model, the same numbers.
+    for cut in range(1, 4):
+        forced = {"prompt": ids[:cut], "max_tokens": 1, "logprobs": 2, "logit_bias": {str(ids[cut]): 100}}
+        (value,) = idle.complete(**forced, temperature=0)["choices"][0]["logprobs"]["token_logprobs"]
+        assert first["token_logprobs"][cut] == pytest.approx(value, abs=1e-5)
+
+
+def test_prompt_logprobs_without_echo(idle: RunningServer) -> None:
+    choice = idle.complete(prompt="a b c d", max_tokens=1, prompt_logprobs=1)["choices"][0]
+    assert choice["prompt_logprobs"][0] is None
+    assert len(choice["prompt_logprobs"]) == 4
+    assert choice["logprobs"] is None

@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 
 from server.worker import block_pool
-from server.worker.block_pool import BlockKey, BlockPool, block_key, root_digest
+from server.worker.block_pool import BlockKey, BlockPool, block_keys, root_digest
 
 Tokens = list[int]
 
 
 def keys_of(*blocks: Tokens, salt: bytes = b"") -> list[BlockKey]:
-    keys: list[BlockKey] = []
-    for tokens in blocks:
-        keys.append(block_key(keys[-1].digest if keys else root_digest(salt), tokens))
-    return keys
+    return block_keys(root_digest(salt), [token for tokens in blocks for token in tokens], 2)
 
 
 def hold(pool: BlockPool, *blocks: Tokens, salt: bytes = b"") -> list[int]:
@@ -64,6 +61,11 @@ def test_a_block_is_found_behind_its_own_prefix_only() -> None:
     hold(pool, A, B)
     assert pool.match(keys_of(B)) == []
     assert pool.match(keys_of(C, B)) == []
+
+
+def test_keys_grow_with_their_sequence() -> None:
+    first = keys_of(A)
+    assert first + block_keys(first[-1].digest, B + C, 2) == keys_of(A, B, C)
 
 
 def test_salts_share_nothing() -> None:

@@ -109,7 +109,7 @@ class Scheduler:
             self._removed.append(sequence.id)
         self.pool.free(sequence.block_table)
         sequence.block_table = []
-        sequence.computed = sequence.registered = 0
+        sequence.computed = 0
         sequence.status = status
 
     # === A step ===

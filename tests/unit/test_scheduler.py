@@ -164,6 +164,15 @@ def test_the_budget_may_change_between_steps() -> None:
     assert counts(sim.schedule()) == {1: 3}
 
 
+def test_a_budget_below_the_number_of_streams_serves_the_oldest() -> None:
+    sim = Simulation()
+    for first in range(4):
+        sim.add(prompt(2, first))
+    sim.step()
+    sim.scheduler.token_budget = 2
+    assert counts(sim.schedule()) == {1: 1, 2: 1}
+
+
 def test_no_more_run_than_there_are_seats_and_one_that_ends_leaves_its_seat_at_once() -> None:
     sim = Simulation(max_num_seqs=2)
     for first in (1, 2, 3):
@@ -249,12 +258,17 @@ def test_the_lowest_priority_goes_first_and_of_these_the_newest() -> None:
 
 
 def test_nothing_is_admitted_in_a_step_that_preempts() -> None:
-    sim = crowd()
-    sim.add(prompt(1, 5), params(1), priority=-1)
+    sim = Simulation(num_blocks=8, block_size=4, budget=64)
+    sim.add(prompt(1, 1), params(20))
+    large = sim.add(prompt(16, 2), params(12), priority=1)
+    sim.step(8)
+    assert sim.pool.num_free == 0
+    small = sim.add(prompt(1, 3), params(1))
     plan = sim.schedule()
     assert plan is not None
-    assert plan.removed
-    assert plan.added == []
+    assert (plan.removed, plan.added, sim.pool.num_free) == ([large], [], 5)
+    sim.update()
+    assert added(sim.schedule()) == [small]
 
 
 def test_a_preempted_sequence_resumes_with_its_tokens_before_later_ones() -> None:
@@ -290,22 +304,29 @@ def test_a_lone_sequence_always_fits() -> None:
         assert sim.scheduler.preemptions == 0
 
 
-def test_three_preemptions_reserve_the_whole_need() -> None:
-    sim = Simulation(num_blocks=32, block_size=1, budget=64, ageing_steps=1000)
+def test_three_preemptions_reserve_the_whole_need_and_it_is_left_alone() -> None:
+    sim = Simulation(num_blocks=40, block_size=1, budget=64, max_model_len=32, ageing_steps=1000)
     victim = sim.add(prompt(1, 1), params(31), priority=1)
     sim.step()
     strangers = 1
+
+    def add_stranger(length: int, max_tokens: int) -> None:
+        nonlocal strangers
+        strangers += 1
+        sim.add(prompt(length, strangers), params(max_tokens))
+
     while sim.live[victim].admissions <= PREEMPTIONS_BEFORE_RESERVE:
         if sim.running == {victim}:
-            strangers += 1
-            sim.add(prompt(sim.pool.num_free - 3, strangers), params(4))  # in two steps nothing is left
+            half = (sim.pool.num_free - 4) // 2
+            add_stranger(half, 4)  # in a step or two nothing is left
+            add_stranger(half, 4)
         sim.step()
     assert len(sim.runner.rows[victim].blocks) == 32  # all it may ever need, though it has fewer tokens as yet
-    while victim in sim.live:
-        strangers += 1
-        sim.add(prompt(4, strangers), params(4))
-        sim.step()
     assert sim.scheduler.preemptions == PREEMPTIONS_BEFORE_RESERVE
+    add_stranger(4, 8)  # eleven blocks, of eight that are left: it is the stranger who must yield
+    while victim in sim.live:
+        sim.step()
+    assert sim.scheduler.preemptions > PREEMPTIONS_BEFORE_RESERVE
     sim.drain()
 
 
@@ -452,6 +473,23 @@ def test_scores_are_told_once_though_preemption_computes_them_twice() -> None:
     sim.add(prompt(16, 2), params(12, prompt_logprobs=1), priority=1)
     sim.drain()
     assert sim.scheduler.preemptions > 0
+
+
+def test_a_prompt_scored_in_part_finds_that_part() -> None:
+    sim = Simulation(num_blocks=9, block_size=4, budget=16)
+    sim.add(prompt(15), params(8))
+    sim.step()
+    scored = sim.add(prompt(15), params(2, prompt_logprobs=0), priority=1)
+    sim.scheduler.token_budget = 2  # a token each, until the first needs a block of the second
+    starts: list[int] = []
+    while sim.live:
+        plan = sim.schedule()
+        assert plan is not None
+        starts += [
+            chunk.start for chunk in plan.chunks if chunk.id == scored and chunk.first_block == 0 and chunk.blocks
+        ]
+        sim.update()
+    assert starts == [0, 5]  # in the middle of a block that the other one holds
 
 
 def test_n_samples_start_together_and_compute_their_prompt_once() -> None:

@@ -196,7 +196,7 @@ class Kernels:
         block_tables: Tensor,
         scale: float,
     ) -> Tensor:
-        """qkv: (rows, 3 * n_embd); the rest as in `Batch`. A row sees positions 0 to its own. Returns (rows, n_embd)."""
+        """qkv: (rows, 3 * n_embd); the rest as in `Batch`. Returns (rows, n_embd)."""
         assert positions.dtype == torch.int64
         assert query_starts.dtype == block_tables.dtype == torch.int32
         assert block_tables.is_contiguous()
@@ -217,10 +217,12 @@ class Kernels:
 
 
 def load(level: str | None = None, threads: int | None = None) -> Kernels:
-    """The kernels at `level` (a key of LEVELS) or at the best this machine has.
+    """The kernels at `level` (a key of LEVELS) or at the best this machine has, run by `threads` threads.
 
-    Raises KernelsUnavailableError where they were not built, cannot be loaded, lack that level, or where the environment
-    says GPT2_SERVER_KERNELS=0. GPT2_SERVER_KERNELS=avx2 (any key of LEVELS) chooses a level too.
+    GPT2_SERVER_KERNELS in the environment chooses a level too; 0 switches them off.
+
+    Raises KernelsUnavailableError where that is so, where they were not built or cannot be loaded, or where the machine
+    lacks the level.
     """
     wanted = level or os.environ.get("GPT2_SERVER_KERNELS", "")
     if wanted == "0":

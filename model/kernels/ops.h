@@ -166,13 +166,17 @@ INLINE vf FN(activate)(vf x, int act)
     }
 }
 
-/* === The one loop that costs: acc[r][v] += sum over i < k of x[r * KB + i] * w[i * ldw + v * VL] ===
- * mr, nv and half are constants wherever it is inlined, so acc lives in registers. */
+/* === The one loop that costs: acc[r][v] += sum over i < k of x[r * ldx + i] * w[i * ldw + v * VL] ===
+ * mr, nv and half are constants wherever it is inlined, so acc lives in registers. `ahead`, unless NULL, is laid out as w
+ * is and will be wanted soon. */
 INLINE void FN(multiply)(const int mr, const int nv, const int half, vf (*acc)[4], const float *x, int ldx, const void *w,
-                         int64_t ldw, int64_t k)
+                         int64_t ldw, int64_t k, const char *ahead)
 {
+    const int64_t size = half ? 2 : 4;
     for (int64_t i = 0; i < k; i++) {
         vf wv[4];
+        for (int64_t line = 0; ahead && line < nv * VL * size; line += 64)
+            __builtin_prefetch(ahead + i * ldw * size + line, 0, 2);
 #pragma GCC unroll 4
         for (int v = 0; v < nv; v++)
             wv[v] = half ? FN(load_half)((const uint16_t *)w + i * ldw + v * VL)
@@ -224,7 +228,7 @@ INLINE void FN(tile_float)(const int mr, const int half, float *out, const float
 {
     vf acc[TILE_ROWS][4] = {0};
     for (int64_t k = 0; k < in; k += KB) {
-        FN(multiply)(mr, 2, half, acc, x, KB, w, PANEL, MIN(KB, in - k));
+        FN(multiply)(mr, 2, half, acc, x, KB, w, PANEL, MIN(KB, in - k), NULL);
         x += height * KB;
         w = (const char *)w + KB * PANEL * (half ? 2 : 4);
     }
@@ -497,14 +501,15 @@ static void FN(write_kv)(void *argument)
     const struct write_call *c = argument;
     const struct kv *kv = &c->kv;
     const int64_t size = kv->block_size, dim = kv->head_dim, width = kv->heads * dim;
-    const int grouped = size % GROUP == 0;
-    for (int64_t row; (row = next_item()) < c->rows;) {
-        const int64_t block = c->slots[row] / size, offset = c->slots[row] % size;
-        const float *key = c->qkv + row * 3 * width + width, *value = key + width;
-        for (int64_t head = 0; head < kv->heads; head++, key += dim, value += dim) {
-            const int64_t base = (block * kv->heads + head) * size * dim;
-            const int64_t k_at = base + (grouped ? offset / GROUP * GROUP * dim + offset % GROUP : offset * dim);
-            const int64_t stride = grouped ? GROUP : 1, v_at = base + offset * dim;
+    const int64_t stride = size % GROUP ? 1 : GROUP;
+    /* An item is one head of GROUP rows: neighbours in a key group are written by one thread, while it is in cache. */
+    for (int64_t item; (item = next_item()) < DIV_UP(c->rows, GROUP) * kv->heads;) {
+        const int64_t head = item % kv->heads, from = item / kv->heads * GROUP;
+        for (int64_t row = from; row < MIN(c->rows, from + GROUP); row++) {
+            const float *key = c->qkv + (row * 3 + 1) * width + head * dim, *value = key + width;
+            const int64_t block = c->slots[row] / size, offset = c->slots[row] % size;
+            const int64_t base = (block * kv->heads + head) * size * dim, v_at = base + offset * dim;
+            const int64_t k_at = base + offset / stride * stride * dim + offset % stride;
             if (kv->half) {
                 FN(store_half)((uint16_t *)kv->keys + k_at, key, dim, stride);
                 FN(store_half)((uint16_t *)kv->values + v_at, value, dim, 1);
@@ -539,6 +544,15 @@ static struct FN(group) FN(find_group)(const struct kv *kv, const int32_t *table
     return (struct FN(group)){keys, values};
 }
 
+/* The groups the span at `start` of `head` is made of, to prefetch; nothing where they would have to be gathered. */
+static void FN(find_ahead)(const struct kv *kv, const int32_t *table, int64_t head, int64_t start, int64_t context,
+                           struct FN(group) *ahead)
+{
+    memset(ahead, 0, SPAN / GROUP * sizeof *ahead);
+    for (int64_t i = 0; kv->block_size % GROUP == 0 && i < MIN(SPAN, context - start); i += GROUP)
+        ahead[i / GROUP] = FN(find_group)(kv, table, head, start + i, GROUP, NULL);
+}
+
 /* The running softmax of one row (Milakov and Gimelshein, 2018), by spans aligned to position 0. */
 struct FN(row) { float most; vf total; };
 
@@ -563,8 +577,9 @@ INLINE float FN(soften)(struct FN(row) *row, float *scores, int64_t count, int64
 
 /* out[r, d] = out[r, d] * factor[r] + sum over positions of weight[r, position] * value[position, d], d in nv vectors. */
 INLINE void FN(mix)(const int mr, const int nv, const int half, float *out, const float *factor, const float *weights,
-                    const struct FN(group) *groups, int64_t d, int64_t dim, int64_t count)
+                    const struct FN(group) *groups, const struct FN(group) *ahead, int64_t d, int64_t dim, int64_t count)
 {
+    const int64_t at = d * (half ? 2 : 4);
     vf acc[TILE_ROWS][4];
 #pragma GCC unroll 12
     for (int r = 0; r < mr; r++)
@@ -572,8 +587,8 @@ INLINE void FN(mix)(const int mr, const int nv, const int half, float *out, cons
         for (int v = 0; v < nv; v++)
             acc[r][v] = FN(load)(out + r * KB + d + v * VL) * factor[r];
     for (int64_t i = 0; i < count; i += GROUP)
-        FN(multiply)(mr, nv, half, acc, weights + i, SPAN, groups[i / GROUP].values + d * (half ? 2 : 4), dim,
-                     MIN(GROUP, count - i));
+        FN(multiply)(mr, nv, half, acc, weights + i, SPAN, groups[i / GROUP].values + at, dim, MIN(GROUP, count - i),
+                     ahead[i / GROUP].values + at);
 #pragma GCC unroll 12
     for (int r = 0; r < mr; r++)
 #pragma GCC unroll 4
@@ -618,12 +633,16 @@ INLINE void FN(attend)(const int mr, const int half, const struct attention_call
     }
     for (int64_t start = 0; start < context; start += SPAN) {
         const int64_t count = MIN(SPAN, context - start);
-        struct FN(group) groups[SPAN / GROUP];
+        struct FN(group) groups[SPAN / GROUP], ahead[SPAN / GROUP];
+        if (start + SPAN < context)
+            FN(find_ahead)(kv, table, head, start + SPAN, context, ahead);
+        else
+            FN(find_ahead)(kv, table, MIN(head + 1, kv->heads - 1), 0, context, ahead);
         for (int64_t i = 0; i < count; i += GROUP) {
             vf acc[TILE_ROWS][4] = {0};
             groups[i / GROUP] =
                 FN(find_group)(kv, table, head, start + i, MIN(GROUP, count - i), room[i / GROUP]);
-            FN(multiply)(mr, GROUP / VL, half, acc, query, KB, groups[i / GROUP].keys, GROUP, dim);
+            FN(multiply)(mr, GROUP / VL, half, acc, query, KB, groups[i / GROUP].keys, GROUP, dim, ahead[i / GROUP].keys);
 #pragma GCC unroll 12
             for (int r = 0; r < mr; r++)
 #pragma GCC unroll 4
@@ -634,11 +653,11 @@ INLINE void FN(attend)(const int mr, const int half, const struct attention_call
             factor[r] = FN(soften)(&state[r], scores + r * SPAN, MIN(count, positions[r] + 1 - start), count);
         int64_t d = 0;
         for (; mr <= TILE_ROWS / 2 && d + 4 * VL <= dim; d += 4 * VL)
-            FN(mix)(mr, 4, half, out, factor, scores, groups, d, dim, count);
+            FN(mix)(mr, 4, half, out, factor, scores, groups, ahead, d, dim, count);
         for (; d + 2 * VL <= dim; d += 2 * VL)
-            FN(mix)(mr, 2, half, out, factor, scores, groups, d, dim, count);
+            FN(mix)(mr, 2, half, out, factor, scores, groups, ahead, d, dim, count);
         for (; d + VL <= dim; d += VL)
-            FN(mix)(mr, 1, half, out, factor, scores, groups, d, dim, count);
+            FN(mix)(mr, 1, half, out, factor, scores, groups, ahead, d, dim, count);
         for (int r = 0; d < dim && r < mr; r++)
             FN(mix_rest)(half, out + r * KB, factor[r], scores + r * SPAN, groups, d, dim, count);
     }
@@ -666,14 +685,18 @@ static void FN(attend_f16)(int rows, const struct attention_call *c, int64_t row
 static void FN(attention)(void *argument)
 {
     const struct attention_call *c = argument;
-    for (int64_t item, items = c->tile_count * c->kv.heads; (item = next_item()) < items;) {
-        const int32_t *tile = c->tiles + 3 * ((items - 1 - item) / c->kv.heads); /* the last rows look furthest: first */
+    /* An item is a tile and a run of heads, which lie side by side in a block: long, but enough of them for every thread. */
+    const int64_t heads = c->kv.heads, runs = MIN(heads, DIV_UP(8 * pool_threads(), c->tile_count)), run = DIV_UP(heads, runs);
+    for (int64_t item, items = c->tile_count * runs; (item = next_item()) < items;) {
+        const int32_t *tile = c->tiles + 3 * ((items - 1 - item) / runs); /* the last rows look furthest: first */
         const int32_t *table = c->block_tables + tile[2] * c->table_width;
-        const int64_t head = item % c->kv.heads;
-        if (c->kv.half)
-            FN(attend_f16)(tile[1], c, tile[0], table, head);
-        else
-            FN(attend_f32)(tile[1], c, tile[0], table, head);
+        const int64_t from = item % runs * run;
+        for (int64_t head = from; head < MIN(heads, from + run); head++) {
+            if (c->kv.half)
+                FN(attend_f16)(tile[1], c, tile[0], table, head);
+            else
+                FN(attend_f32)(tile[1], c, tile[0], table, head);
+        }
     }
 }
 

@@ -1,0 +1,230 @@
+"""The C kernels against float64, and the promise that a row's bits never depend on the rows beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.config import Activation
+from model.kernels import LEVELS, KernelOps, Kernels, KernelsUnavailableError, PackedLinear, Storage, load
+from model.kv_cache import LayerCache
+from model.linear import activate
+
+ROWS = (1, 2, 3, 8, 31, 64, 128)
+SHAPES = ((768, 192), (3072, 64), (100, 77), (258, 33), (5, 1))  # (in, out)
+
+
+def load_or_skip(level: str | None, threads: int) -> Kernels:
+    try:
+        return load(level, threads)
+    except KernelsUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=list(LEVELS))
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    kernels = load_or_skip(request.param, threads=1)
+    yield kernels
+    kernels.set_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+# === Linear layers ===
+
+
+def make_linear(kernels: Kernels, shape: tuple[int, int], storage: Storage) -> tuple[PackedLinear, Tensor, Tensor]:
+    """A packed layer, its weight and its bias in float64."""
+    inputs, outputs = shape
+    weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
+    return kernels.pack_linear(weight, bias, storage), weight.double(), bias.double()
+
+
+# int8: 8-bit activations keep about 1 % of the result's norm as error, 7-bit ones (no VNNI) 2 to 3 %.
+@pytest.mark.parametrize(("storage", "tolerance"), [(Storage.FP32, 2e-6), (Storage.FP16, 4e-4), (Storage.INT8, 0.04)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_is_near_float64(kernels: Kernels, storage: Storage, tolerance: float, shape: tuple[int, int]) -> None:
+    linear, weight, bias = make_linear(kernels, shape, storage)
+    for rows in ROWS:
+        x = torch.randn(rows, shape[0])
+        x[:, 3] *= 10  # GPT-2 has such coordinates
+        error = linear(x) - bias - functional.linear(x.double(), weight)
+        assert error.norm() <= tolerance * x.norm() * weight.norm() / shape[0] ** 0.5
+
+
+def test_int8_error_is_bounded_by_its_steps(kernels: Kernels) -> None:
+    linear, weight, bias = make_linear(kernels, (258, 33), Storage.INT8)
+    x = torch.randn(17, 258)
+    levels = 255 if kernels.level == LEVELS["vnni"] else 127
+    groups = x.split(256, dim=1)
+    step = torch.cat(
+        [((g.amax(1).clamp(min=0) - g.amin(1).clamp(max=0)) / levels)[:, None].expand_as(g) for g in groups], dim=1
+    ).double()
+    weight_step = weight.abs().amax(1, keepdim=True) / 127
+    # Each product errs by at most half a step of x (a whole one at a clamped end) and half a step of the weight.
+    bound = functional.linear(step, weight.abs()) + functional.linear(
+        x.abs().double() + step, weight_step.expand_as(weight) / 2
+    )
+    assert ((linear(x) - bias - functional.linear(x.double(), weight)).abs() <= bound + 1e-5).all()
+
+
+@pytest.mark.parametrize("storage", Storage)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_is_the_same_in_any_batch_and_on_any_threads(
+    kernels: Kernels, storage: Storage, shape: tuple[int, int]
+) -> None:
+    linear, _, _ = make_linear(kernels, shape, storage)
+    x, residual = torch.randn(max(ROWS), shape[0]), torch.randn(max(ROWS), shape[1])
+    alone = torch.cat([linear(x[i : i + 1], residual=residual[i : i + 1]) for i in range(len(x))])
+    for threads in (1, 2, 3):
+        kernels.set_threads(threads)
+        for rows in ROWS:
+            assert torch.equal(linear(x[-rows:], residual=residual[-rows:]), alone[-rows:])
+
+
+def test_the_vocabulary_head(kernels: Kernels) -> None:
+    linear, weight, bias = make_linear(kernels, (64, 50257), Storage.FP32)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(linear(x).double(), functional.linear(x.double(), weight, bias), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_activations(kernels: Kernels, activation: Activation) -> None:
+    weight = torch.eye(40)
+    linear = kernels.pack_linear(weight, None)
+    x = torch.cat([torch.linspace(-12, 12, 397), torch.tensor([-100.0, 0.0, 100.0])]).view(10, 40)
+    torch.testing.assert_close(
+        linear(x, activation=activation).double(), activate(x.double(), activation), atol=1e-6, rtol=1e-6
+    )
+
+
+def test_transposed_weights_and_no_bias(kernels: Kernels) -> None:
+    weight = torch.randn(70, 50)  # as Hugging Face's Conv1D keeps it: (in, out)
+    x = torch.randn(4, 70)
+    torch.testing.assert_close(kernels.pack_linear(weight.T, None)(x), x @ weight, atol=1e-4, rtol=0)
+
+
+def test_int8_of_zeros_is_the_bias(kernels: Kernels) -> None:
+    bias = torch.randn(20)
+    linear = kernels.pack_linear(torch.zeros(20, 30), bias, Storage.INT8)
+    assert torch.equal(linear(torch.randn(2, 30)), bias.expand(2, -1))
+    linear = kernels.pack_linear(torch.randn(20, 30), bias, Storage.INT8)
+    assert torch.equal(linear(torch.zeros(2, 30)), bias.expand(2, -1))
+
+
+# === Layer norm and embedding ===
+
+
+@pytest.mark.parametrize("width", [768, 100, 7])
+def test_norm(kernels: Kernels, width: int) -> None:
+    x, weight, bias = torch.randn(9, width) * 3 + 1, torch.randn(width), torch.randn(width)
+    found = kernels.norm(x, weight, bias, 1e-5)
+    expected = functional.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+    assert torch.equal(kernels.norm(x[4:5], weight, bias, 1e-5), found[4:5])
+
+
+def test_embed(kernels: Kernels) -> None:
+    tokens, positions = torch.randint(50, (20,)), torch.randint(30, (20,))
+    wte, wpe = torch.randn(50, 33), torch.randn(30, 33)
+    assert torch.equal(kernels.embed(tokens, positions, wte, wpe), wte[tokens] + wpe[positions])
+
+
+# === Attention ===
+
+
+class Sequences:
+    """Some sequences' queries, keys and values, and a cache whose blocks are handed out in no order."""
+
+    def __init__(self, lengths: list[int], heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+        self.qkv = [torch.randn(length, 3 * heads * head_dim) for length in lengths]
+        self.heads, self.head_dim, self.block_size = heads, head_dim, block_size
+        width = -(-max(lengths) // block_size)
+        self.tables = torch.randperm(len(lengths) * width).int().view(len(lengths), width)
+        # What nobody wrote may be anything: NaN here, so that a read too many shows.
+        shape = (len(lengths) * width, heads, block_size, head_dim)
+        self.cache = LayerCache(torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype))
+
+    def step(self, kernels: Kernels, chunks: list[tuple[int, int, int]]) -> list[Tensor]:
+        """Write and attend to rows [start, stop) of each (sequence, start, stop). Returns (rows, n_embd) of each."""
+        qkv = torch.cat([self.qkv[s][start:stop] for s, start, stop in chunks])
+        positions = torch.cat([torch.arange(start, stop) for _, start, stop in chunks])
+        owners = torch.cat([torch.full((stop - start,), s) for s, start, stop in chunks])
+        size = self.block_size
+        slots = self.tables[owners, positions // size].long() * size + positions % size
+        counts = [stop - start for _, start, stop in chunks]
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        tables = self.tables[[s for s, _, _ in chunks]].contiguous()
+        kernels.write_kv(qkv, self.cache, slots)
+        out = kernels.attention(qkv, self.cache, positions, starts, tables, self.head_dim**-0.5)
+        return list(out.split(counts))
+
+    def expected(self, s: int) -> Tensor:
+        query, key, value = self.qkv[s].double().view(-1, 3, self.heads, self.head_dim).permute(1, 2, 0, 3)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return mixed.transpose(0, 1).reshape(len(self.qkv[s]), -1)
+
+
+LENGTHS = [1, 5, 64, 100, 200]
+WHOLE = [(s, 0, length) for s, length in enumerate(LENGTHS)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float16, 5e-3)])
+@pytest.mark.parametrize(
+    ("head_dim", "block_size"), [(16, 16), (32, 48), (64, 16), (80, 32), (128, 16), (20, 5), (64, 1)]
+)
+def test_attention_is_near_float64(
+    kernels: Kernels, dtype: torch.dtype, tolerance: float, head_dim: int, block_size: int
+) -> None:
+    sequences = Sequences(LENGTHS, 3, head_dim, block_size, dtype)
+    for s, found in enumerate(sequences.step(kernels, WHOLE)):
+        torch.testing.assert_close(found.double(), sequences.expected(s), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("head_dim", [20, 64])
+def test_attention_is_the_same_whole_chunked_decoded_and_in_any_blocks(
+    kernels: Kernels, dtype: torch.dtype, head_dim: int
+) -> None:
+    sequences = Sequences(LENGTHS, 2, head_dim, 16, dtype)
+    whole = sequences.step(kernels, WHOLE)
+    for block_size, cut in ((16, 1), (32, 17), (5, 64), (64, 31)):
+        others = Sequences(LENGTHS, 2, head_dim, block_size, dtype)
+        others.qkv = sequences.qkv
+        pieces: list[list[Tensor]] = [[] for _ in LENGTHS]
+        for start, stop in pairwise(range(0, max(LENGTHS) + cut, cut)):
+            kernels.set_threads(1 + start % 3)
+            chunks = [(s, start, min(stop, length)) for s, length in enumerate(LENGTHS) if start < length]
+            for (s, _, _), found in zip(chunks, others.step(kernels, chunks), strict=True):
+                pieces[s].append(found)
+        for found, parts in zip(whole, pieces, strict=True):
+            assert torch.equal(torch.cat(parts), found)
+
+
+def test_fp16_cache_holds_what_does_not_fit(kernels: Kernels) -> None:
+    sequences = Sequences([3], 1, 16, 16, torch.float16)
+    sequences.qkv[0][0, 32:] = 1e6  # a value no fp16 holds: the largest stands in, never an infinity
+    (found,) = sequences.step(kernels, [(0, 0, 3)])
+    assert found[0].tolist() == [65504.0] * 16
+
+
+# === Loading ===
+
+
+def test_environment_switches_off_and_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_or_skip(None, threads=1)
+    monkeypatch.setenv("GPT2_SERVER_KERNELS", "portable")
+    assert load(threads=1).describe() == "C kernels (portable)"
+    assert KernelOps(load(threads=1), Storage.INT8).describe() == "int8, C kernels (portable)"
+    for value, reason in (("0", "switched off"), ("mmx", "must be 0 or one of")):
+        monkeypatch.setenv("GPT2_SERVER_KERNELS", value)
+        with pytest.raises(KernelsUnavailableError, match=reason):
+            load(threads=1)

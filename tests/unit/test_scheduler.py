@@ -258,7 +258,7 @@ def test_the_lowest_priority_goes_first_and_of_these_the_newest() -> None:
 
 
 def test_nothing_is_admitted_in_a_step_that_preempts() -> None:
-    sim = Simulation(num_blocks=8, block_size=4, budget=64)
+    sim = Simulation(num_blocks=8, block_size=4, budget=64, ageing_steps=100)
     sim.add(prompt(1, 1), params(20))
     large = sim.add(prompt(16, 2), params(12), priority=1)
     sim.step(8)
@@ -475,21 +475,22 @@ def test_scores_are_told_once_though_preemption_computes_them_twice() -> None:
     assert sim.scheduler.preemptions > 0
 
 
-def test_a_prompt_scored_in_part_finds_that_part() -> None:
-    sim = Simulation(num_blocks=9, block_size=4, budget=16)
+@pytest.mark.parametrize(("caching", "resumed_at"), [(True, 5), (False, 0)])
+def test_a_prompt_scored_in_part_goes_on_from_there_at_the_latest(caching: bool, resumed_at: int) -> None:
+    sim = Simulation(num_blocks=9, block_size=4, budget=16, caching=caching)
     sim.add(prompt(15), params(8))
     sim.step()
     scored = sim.add(prompt(15), params(2, prompt_logprobs=0), priority=1)
-    sim.scheduler.token_budget = 2  # a token each, until the first needs a block of the second
     starts: list[int] = []
     while sim.live:
+        # A token each until the first needs a block of the second, which then holds five scored tokens.
+        sim.scheduler.token_budget = 16 if sim.scheduler.preemptions else 2
         plan = sim.schedule()
         assert plan is not None
-        starts += [
-            chunk.start for chunk in plan.chunks if chunk.id == scored and chunk.first_block == 0 and chunk.blocks
-        ]
+        if scored in added(plan):
+            starts += [chunk.start for chunk in plan.chunks if chunk.id == scored]
         sim.update()
-    assert starts == [0, 5]  # in the middle of a block that the other one holds
+    assert starts == [0, resumed_at]  # 5 is in the middle of a block that the first one holds
 
 
 def test_n_samples_start_together_and_compute_their_prompt_once() -> None:

@@ -132,6 +132,7 @@ def build(settings: Settings) -> tuple[Service, ServedModel]:
         on_answer=metrics.answered,
         keys=_keys(settings),
         cors_origins=settings.allowed_origins,
+        playground=settings.playground,
     )
     service = Service(
         engine=engine,
@@ -199,6 +200,7 @@ def _start(settings: Settings, checkpoint: Checkpoint, max_model_len: int) -> St
         max_model_len=max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        target_itl=settings.target_itl,
         block_size=settings.block_size,
         kv_cache_bytes=int(settings.kv_cache_gib * (1 << 30)),
         prefix_caching=settings.enable_prefix_caching,

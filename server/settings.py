@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(
         default=None, description="key clients must send; environment or file only", repr=False
     )
+    playground: bool = _flag("server", "serve the playground, a page to try the model, at /", True)
     allowed_origins: list[str] = _flag("server", "origins that CORS lets in; none by default", [])
     shutdown_timeout: float = _flag("server", "seconds running requests get to finish after SIGTERM", 30, ge=0, le=3600)
     log_level: Literal["debug", "info", "warning", "error"] = _flag("server", "how much to log", "info")
@@ -57,6 +58,13 @@ class Settings(BaseSettings):
     # Engine
     max_num_seqs: int = _flag("engine", "sequences computed at once", 64, ge=1, le=4096)
     max_num_batched_tokens: int = _flag("engine", "tokens computed in one step", 512, ge=16, le=65536)
+    target_itl: float | None = _flag(
+        "engine",
+        "seconds between two tokens of a running stream, to which the tokens of a step adapt, "
+        "up to --max-num-batched-tokens; default: every step may take them all",
+        None,
+        gt=0,
+    )
     block_size: int = _flag("engine", "tokens in one block of the KV cache", 16, ge=8, le=256)
     kv_cache_gib: float = _flag("engine", "upper bound of the KV cache, in GiB", 2.0, gt=0)
     enable_prefix_caching: bool = _flag("engine", "share the KV cache of equal prompt beginnings", True)

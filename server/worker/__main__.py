@@ -19,6 +19,7 @@ from model.kv_cache import KVCache
 from model.loading import choose_device, choose_dtype, load_model
 from model.runner import Runner
 from server.worker.block_pool import BlockPool
+from server.worker.budget import BudgetController
 from server.worker.channel import WorkerChannel
 from server.worker.memory import pool_size
 from server.worker.messages import (
@@ -35,13 +36,17 @@ from server.worker.messages import (
 from server.worker.scheduler import Scheduler
 
 EXIT_CONFIG = 78
+PREFILL_LEAST = 16  # tokens of prompts a step may take, however many streams run and however slow the machine is
 
 
 class Worker:
-    def __init__(self, channel: WorkerChannel, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(
+        self, channel: WorkerChannel, scheduler: Scheduler, runner: Runner, budget: BudgetController | None
+    ) -> None:
         self._channel = channel
         self._scheduler = scheduler
         self._runner = runner
+        self._budget = budget
         self._stopping = False
 
     def loop(self) -> None:
@@ -74,7 +79,10 @@ class Worker:
             return False
         began = time.perf_counter()
         outputs = self._scheduler.update(plan, self._runner.run(plan))
-        self._report(outputs, time.perf_counter() - began, plan.tokens)
+        seconds = time.perf_counter() - began
+        if self._budget is not None:
+            self._scheduler.token_budget = self._budget.observe(plan.tokens, seconds)
+        self._report(outputs, seconds, plan.tokens)
         return True
 
     def _report(self, outputs: list[SequenceOutput], seconds: float, tokens: int) -> None:
@@ -97,11 +105,12 @@ def build(start: Start, channel: WorkerChannel) -> Worker:
         max_num_seqs=start.max_num_seqs,
         max_model_len=start.max_model_len,
     )
+    budget = _budget(start)
     cache = KVCache(network.config, num_blocks, start.block_size, dtype, device)
     scheduler = Scheduler(
         BlockPool(num_blocks, start.block_size, enable_prefix_caching=start.prefix_caching),
         max_num_seqs=start.max_num_seqs,
-        max_num_batched_tokens=start.max_num_batched_tokens,
+        max_num_batched_tokens=start.max_num_batched_tokens if budget is None else budget.budget,
         max_model_len=start.max_model_len,
         eos_token_id=network.config.eos_token_id,
     )
@@ -113,7 +122,14 @@ def build(start: Start, channel: WorkerChannel) -> Worker:
             load_seconds=time.perf_counter() - began,
         )
     )
-    return Worker(channel, scheduler, Runner(network, cache, device, start.max_model_len))
+    return Worker(channel, scheduler, Runner(network, cache, device, start.max_model_len), budget)
+
+
+def _budget(start: Start) -> BudgetController | None:
+    if start.target_itl is None:
+        return None
+    smallest = start.max_num_seqs + PREFILL_LEAST
+    return BudgetController(start.target_itl, smallest=smallest, largest=max(smallest, start.max_num_batched_tokens))
 
 
 def serve(channel: WorkerChannel) -> int:

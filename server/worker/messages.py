@@ -24,6 +24,7 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    target_itl: float | None  # seconds; None for a fixed budget of max_num_batched_tokens
     block_size: int
     kv_cache_bytes: int  # an upper bound; the pool never holds more than max_num_seqs full contexts
     prefix_caching: bool

@@ -1,32 +1,17 @@
-"""Clients that need another version of a package than ours get an environment of their own, kept between runs."""
-
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from outside import environment, node_modules
+from serving import RunningServer, serving
 
-CACHE = Path(__file__).parents[2] / ".cache" / "clients"
+__all__ = ["environment", "node_modules"]
 
 
-@pytest.fixture(scope="session")
-def environment() -> Callable[..., Path]:
-    """The Python of a virtual environment that holds just these requirements. Skips where they cannot be had."""
-
-    def make(name: str, *requirements: str) -> Path:
-        directory = CACHE / name
-        python = directory / "bin" / "python"
-        done = directory / "installed"
-        if not done.exists():
-            subprocess.run([sys.executable, "-m", "venv", "--clear", directory], check=True)
-            install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
-            result = subprocess.run(install, capture_output=True, text=True, check=False)
-            if result.returncode:
-                pytest.skip(f"{' '.join(requirements)} cannot be installed: {result.stderr.strip()[-300:]}")
-            done.touch()
-        return python
-
-    return make
+@pytest.fixture(scope="package")
+def server(tiny: Path) -> Iterator[RunningServer]:
+    """One server for all clients."""
+    with serving(tiny, "--threads", "1") as running:
+        yield running

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
-from serving import RunningServer
+from faulty import BUSY, LIMITED, refusing
+from serving import RunningServer, serving
+
+from server.errors import ServerError
 
 ASK = {"model": "text-davinci-002", "prompt": "The tower is", "max_tokens": 20, "seed": 5}
 
@@ -69,3 +74,38 @@ def test_errors_are_its_own_exceptions(client: openai.OpenAI) -> None:
         client.completions.create(model="ada", prompt="a", max_tokens=5000)
     assert long.value.code == "context_length_exceeded"
     assert long.value.message.startswith("Error code: 400")
+
+
+@pytest.mark.parametrize("refusal", [BUSY, LIMITED], ids=["503", "429"])
+def test_retries_wait_as_long_as_they_are_told(refusal: ServerError, server: RunningServer) -> None:
+    with refusing(server.url, refusal) as proxy, openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="x") as client:
+        assert client.completions.create(**ASK).choices[0].text  # type: ignore[call-overload]
+    assert [headers["x-stainless-retry-count"] for headers in proxy.seen] == ["0", "1"]
+
+
+@pytest.mark.parametrize(("refusal", "kind"), [(BUSY, openai.InternalServerError), (LIMITED, openai.RateLimitError)])
+def test_refusals_end_in_its_own_exceptions(
+    refusal: ServerError, kind: type[openai.APIStatusError], server: RunningServer
+) -> None:
+    with (
+        refusing(server.url, refusal) as proxy,
+        openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="x", max_retries=0) as client,
+        pytest.raises(kind) as refused,
+    ):
+        client.completions.create(**ASK)  # type: ignore[call-overload]
+    assert refused.value.response.headers["retry-after"] == "1"
+
+
+def test_a_full_queue_is_waited_for(tiny: Path) -> None:
+    """Four at once at a server that computes one and lets one wait: all are answered in the end."""
+    narrow = ("--max-num-seqs", "1", "--max-num-queued-reqs", "1", "--threads", "1")
+    with serving(tiny, *narrow) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
+        patient = client.with_options(max_retries=20)
+
+        def ask(seed: int) -> int:
+            answer = patient.completions.create(model="ada", prompt="a", max_tokens=40, seed=seed)
+            return answer.usage.prompt_tokens  # type: ignore[union-attr]
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(ask, range(4))) == [1] * 4
+        assert sum(value for name, value in server.metrics().items() if name.startswith("gpt2_requests_rejected")) > 0

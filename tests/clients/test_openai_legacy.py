@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from outside import Environment, say
 from serving import RunningServer
 
 SETUP = """
@@ -24,18 +22,9 @@ Run = Callable[[str], Any]
 
 
 @pytest.fixture(scope="module")
-def run(server: RunningServer, environment: Callable[..., Path]) -> Run:
+def run(server: RunningServer, environment: Environment) -> Run:
     python = environment("openai-0.28.1", "openai==0.28.1")
-
-    def run_script(script: str) -> Any:
-        """What the script says, line by line."""
-        result = subprocess.run(
-            [python, "-c", SETUP.format(url=server.url) + script], capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stderr
-        return [json.loads(line) for line in result.stdout.splitlines()]
-
-    return run_script
+    return lambda script: say([python, "-c", SETUP.format(url=server.url) + script])
 
 
 def test_the_script_runs_verbatim(run: Run) -> None:

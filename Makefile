@@ -19,9 +19,10 @@ $(VENV)/.installed: pyproject.toml setup.py
 
 dev: $(VENV)/.dev  ## what tests and checks need too
 
-$(VENV)/.dev: $(VENV)/.installed scripts/dev_requirements.py
+$(VENV)/.dev: $(VENV)/.installed scripts/dev_requirements.py scripts/system_tools.sh
 	@echo "Installing the development tools …"
 	@$(BIN)/python scripts/dev_requirements.py | xargs -d '\n' $(BIN)/python -m pip install --quiet --disable-pip-version-check
+	@sh scripts/system_tools.sh
 	@touch $@
 
 test: dev  ## the tests, under ten minutes on two cores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from model.tokenizer import Tokenizer
-from server.api.auth import AuthMiddleware
+from server.api.auth import OPEN_PATHS, AuthMiddleware
 from server.api.completions import CompletionService, completion_routes
 from server.api.engines import engine_routes
 from server.api.errors import answer_http_exception, answer_server_error
@@ -19,6 +19,8 @@ from server.api.limits import Limits
 from server.api.middleware import AnswerHook, AnswerMiddleware
 from server.api.models import ServedModel, model_routes
 from server.api.ops import ops_routes
+from server.api.playground import FILES as PLAYGROUND_FILES
+from server.api.playground import playground_routes
 from server.api.schemas import ErrorAnswer
 from server.api.tokenize import tokenize_routes
 from server.engine.output import TokenTexts
@@ -56,6 +58,7 @@ def create_app(
     on_answer: AnswerHook,
     keys: Mapping[str, bytes] | None = None,
     cors_origins: Sequence[str] = (),
+    playground: bool = False,
 ) -> FastAPI:
     """keys: sha256 digest (`auth.key_digest`) by name; none leaves the server open to all."""
     app = FastAPI(title="gpt2-server", version=version, docs_url=None, redoc_url=None, responses=ERRORS)
@@ -70,8 +73,12 @@ def create_app(
     app.include_router(ops_routes(engine, registry, running, version))
     app.add_exception_handler(ServerError, answer_server_error)
     app.add_exception_handler(HTTPException, answer_http_exception)
+    open_paths: Set[str] = OPEN_PATHS
+    if playground:
+        app.include_router(playground_routes())
+        open_paths = OPEN_PATHS | PLAYGROUND_FILES.keys()
     if keys:  # what is added last stands outermost
-        app.add_middleware(AuthMiddleware, keys=keys)
+        app.add_middleware(AuthMiddleware, keys=keys, open_paths=open_paths)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from hmac import compare_digest
 
@@ -43,13 +43,14 @@ def caller_of(scope: Scope) -> Caller:
 class AuthMiddleware:
     """Deny by default, decided on scope["path"]: a Host header cannot change that (CVE-2026-48746)."""
 
-    def __init__(self, app: ASGIApp, keys: Mapping[str, bytes]) -> None:
+    def __init__(self, app: ASGIApp, keys: Mapping[str, bytes], open_paths: Set[str] = OPEN_PATHS) -> None:
         """keys: sha256 digest of each key, by a name for logs and metrics."""
         self._app = app
+        self._open_paths = open_paths
         self._callers = tuple(Caller(name, digest) for name, digest in keys.items())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if scope["type"] != "http" or scope["path"] in self._open_paths or scope["method"] == "OPTIONS":
             await self._app(scope, receive, send)
             return
         key = _sent_key(scope)

@@ -34,9 +34,10 @@ def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> npt.NDArray
     return np.stack((c0, c1, c2, c3))
 
 
-def uniforms(seed: int, choice: int, start: int, count: int) -> npt.NDArray[np.float64]:
+def uniforms(seed: int, choice: int, start: int, count: int, word: int = 0) -> npt.NDArray[np.float64]:
     """The numbers in [0, 1) for positions [start, start + count) of one choice of a seeded request.
 
+    word: which of the four independent numbers of a position, 0 to 3.
     Multiples of 2^-32, so that u x total < total for every total a float64 sum of probabilities can have.
     """
     counter = np.zeros((4, count), dtype=np.uint64)
@@ -44,5 +45,5 @@ def uniforms(seed: int, choice: int, start: int, count: int) -> npt.NDArray[np.f
     counter[1] = choice
     seed &= (1 << 64) - 1
     words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    numbers: npt.NDArray[np.float64] = words[0] * 2.0**-32
+    numbers: npt.NDArray[np.float64] = words[word] * 2.0**-32
     return numbers

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.dry import DryParams
+
 GREEDY_BELOW = 1e-5  # a smaller temperature would overflow the division; it means argmax anyway
 
 
@@ -23,11 +25,16 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int | None = None
     min_p: float = 0.0
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()  # no output holds one of these runs of tokens
+    dry: DryParams | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # 0 is on: the sampled token's alone

@@ -17,8 +17,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model.sampling import SamplingRow, sample
+from model.dry import DryParams
+from model.sampling import sample
 from model.sampling_params import SamplingParams
+from model.sampling_row import SamplingRow
 
 VOCAB = 1000
 EOS = 999
@@ -33,6 +35,8 @@ def row(
         eos_token_id=EOS,
         prompt=torch.tensor(prompt or [], dtype=torch.int64),
         output=torch.tensor(output or [], dtype=torch.int64),
+        coin=0.0,
+        allowed=None,
     )
 
 
@@ -165,6 +169,8 @@ MIXED: list[dict[str, Any]] = [
     {"min_p": 0.05, "presence_penalty": 1.0, "output": [1, 2, 3]},
     {"logit_bias": ((5, 4.0),), "temperature": 0.3},
     {"repetition_penalty": 1.3, "prompt": [4, 4, 9], "logprobs": 5},
+    {"typical_p": 0.6, "xtc_probability": 1.0, "xtc_threshold": 0.05},
+    {"bad_words": ((3, 7), (9,)), "output": [1, 3], "dry": DryParams(multiplier=0.8, allowed_length=1)},
 ]
 
 
@@ -173,7 +179,7 @@ def test_a_row_is_decided_by_itself_alone() -> None:
     values = logits(len(MIXED), seed=3)
     rows = [row(0.37 + 0.05 * i, **params) for i, params in enumerate(MIXED)]
     alone = [sample(values[i : i + 1], [each]) for i, each in enumerate(rows)]
-    for order in (list(range(8)), [7, 3, 1, 0, 2, 6, 5, 4], [4, 4, 3, 1, 1, 1, 7]):
+    for order in (list(range(10)), [7, 3, 9, 1, 0, 2, 6, 8, 5, 4], [4, 8, 4, 3, 1, 1, 9, 1, 7]):
         tokens, scores = sample(values[order], [rows[i] for i in order])
         assert tokens == [alone[i][0][0] for i in order]
         assert scores == [alone[i][1][0] for i in order]

@@ -1,0 +1,101 @@
+"""The steps between raw logits and temperature. Each row by itself, from its own numbers alone.
+
+In this order: allowed tokens, biases, what min_tokens and bad_words ban (all as in vLLM), repetition, presence and
+frequency penalties, DRY, and last the grammar, which nothing overrules: where the bans leave no token at all, they and
+the penalties are void for this row and the grammar alone decides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.dry import dry_penalties
+from model.sampling_row import SamplingRow
+
+BAN = -100.0  # a logit_bias this low bans the token outright, as OpenAI documents
+
+
+def adjust(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
+    """logits: (len(rows), vocab) fp32, left as they were. Returns them, or a copy where any row changes something."""
+    changed = [i for i, row in enumerate(rows) if _changes(row)]
+    if not changed:
+        return logits
+    adjusted = logits.clone()
+    for i in changed:
+        _adjust_row(adjusted[i], rows[i])
+        if adjusted[i].max() == -torch.inf:
+            adjusted[i] = logits[i]
+            _mask(adjusted[i], rows[i])
+    return adjusted
+
+
+def _changes(row: SamplingRow) -> bool:
+    params = row.params
+    return (
+        bool(params.logit_bias)
+        or params.allowed_token_ids is not None
+        or bool(params.bad_words)
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or params.repetition_penalty != 1
+        or params.dry is not None
+        or row.allowed is not None
+        or row.output.numel() < params.min_tokens
+    )
+
+
+def _adjust_row(logits: Tensor, row: SamplingRow) -> None:
+    """In place. logits: (vocab,)."""
+    _allow_and_bias(logits, row)
+    _ban(logits, row)
+    _penalise(logits, row)
+    _mask(logits, row)
+
+
+def _allow_and_bias(logits: Tensor, row: SamplingRow) -> None:
+    params = row.params
+    if params.allowed_token_ids is not None:
+        allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
+        kept = logits[allowed]
+        logits.fill_(-torch.inf)
+        logits[allowed] = kept
+    if params.logit_bias:
+        ids = torch.tensor([id_ for id_, _ in params.logit_bias], device=logits.device)
+        biases = torch.tensor([-torch.inf if bias <= BAN else bias for _, bias in params.logit_bias])
+        logits[ids] += biases.to(logits.device)
+
+
+def _ban(logits: Tensor, row: SamplingRow) -> None:
+    params = row.params
+    if row.output.numel() < params.min_tokens:
+        logits[[row.eos_token_id, *params.stop_token_ids]] = -torch.inf
+    if params.bad_words:
+        output = row.output[-max(map(len, params.bad_words)) :].tolist()
+        banned = [word[-1] for word in params.bad_words if _ends_with(output, word[:-1])]
+        logits[banned] = -torch.inf
+
+
+def _ends_with(output: list[int], start: tuple[int, ...]) -> bool:
+    return not start or tuple(output[-len(start) :]) == start
+
+
+def _penalise(logits: Tensor, row: SamplingRow) -> None:
+    params = row.params
+    if params.repetition_penalty != 1:  # Keskar et al. 2019 (CTRL), as transformers and vLLM apply it
+        seen = torch.unique(torch.cat((row.prompt, row.output)))
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if (params.presence_penalty or params.frequency_penalty) and row.output.numel():
+        seen, counts = torch.unique(row.output, return_counts=True)
+        logits[seen] -= counts * params.frequency_penalty + params.presence_penalty
+    if params.dry is not None:
+        penalties = dry_penalties([*row.prompt.tolist(), *row.output.tolist()], params.dry)
+        if penalties:
+            ids = torch.tensor(list(penalties), device=logits.device)
+            logits[ids] -= torch.tensor(list(penalties.values()), dtype=logits.dtype, device=logits.device)
+
+
+def _mask(logits: Tensor, row: SamplingRow) -> None:
+    if row.allowed is not None:
+        logits.masked_fill_(~row.allowed, -torch.inf)

@@ -1,4 +1,5 @@
 """What every answer carries, whoever wrote it: an id, its time, the API's version; and no exception escapes.
+HEAD is answered as GET is, without the body.
 
 Pure ASGI. BaseHTTPMiddleware would hide a client's leaving from the handlers behind it.
 """
@@ -46,8 +47,14 @@ class AnswerMiddleware:
         request_id = _request_id(scope)
         scope["request_id"] = request_id
 
+        head = scope["method"] == "HEAD"
+        if head:
+            scope = {**scope, "method": "GET"}
+
         async def send_marked(message: Message) -> None:
             nonlocal status
+            if head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from server.api.errors import error_response
 from server.engine.request import GenerationEngine
@@ -32,7 +32,7 @@ def ops_routes(engine: GenerationEngine, registry: CollectorRegistry, running: S
         return _ok() if engine.ready else error_response(Overloaded("The server is not ready for requests."))
 
     @router.get("/ping")
-    @router.post("/ping", include_in_schema=False)
+    @router.post("/ping")
     async def ping() -> Response:
         return await health()
 
@@ -44,7 +44,7 @@ def ops_routes(engine: GenerationEngine, registry: CollectorRegistry, running: S
     async def load() -> JSONResponse:
         return JSONResponse({"server_load": len(running)})
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 

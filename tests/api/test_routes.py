@@ -146,3 +146,17 @@ def test_the_document_is_whole(api: Api) -> None:
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert references <= set(document["components"]["schemas"])
     assert "HTTPValidationError" not in json.dumps(document)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/v1/models/gpt2", "/metrics", "/none"])
+def test_head_is_get_without_the_body(api: Api, path: str) -> None:
+    head, get = api.client.head(path), api.client.get(path)
+    assert head.status_code == get.status_code
+    assert head.content == b""
+    assert head.headers["content-length"] == get.headers["content-length"]
+
+
+def test_a_wrong_method_is_told_every_right_one(api: Api) -> None:
+    assert api.client.put("/ping").headers["allow"] == "GET, POST"
+    assert api.client.put("/v1/completions").headers["allow"] == "POST"
+    assert api.client.head("/v1/completions").status_code == 405

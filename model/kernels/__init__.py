@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -51,11 +53,26 @@ class _Linear(Structure):
     _fields_ = [
         ("inputs", c_int64),
         ("outputs", c_int64),
-        ("kind", c_int32),
-        ("level", c_int32),
+        ("kind", c_int64),
         ("panels", c_void_p),
         ("bias", c_void_p),
         ("scale", c_void_p),
+    ]
+
+
+class _Batch(Structure):
+    _fields_ = [
+        ("rows", c_int64),
+        ("sequences", c_int64),
+        ("table_width", c_int64),
+        ("tokens", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("query_starts", c_void_p),
+        ("block_tables", c_void_p),
+        ("packed", c_void_p),
+        ("tiles", c_void_p),
+        ("tile_count", c_int64),
     ]
 
 
@@ -65,8 +82,6 @@ class _LinearCall(Structure):
         ("x", c_void_p),
         ("residual", c_void_p),
         ("y", c_void_p),
-        ("packed", c_void_p),
-        ("rows", c_int64),
         ("act", c_int32),
     ]
 
@@ -86,7 +101,6 @@ class _NormCall(Structure):
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("y", c_void_p),
-        ("rows", c_int64),
         ("width", c_int64),
         ("epsilon", c_float),
     ]
@@ -94,12 +108,9 @@ class _NormCall(Structure):
 
 class _EmbedCall(Structure):
     _fields_ = [
-        ("tokens", c_void_p),
-        ("positions", c_void_p),
         ("wte", c_void_p),
         ("wpe", c_void_p),
         ("y", c_void_p),
-        ("rows", c_int64),
         ("width", c_int64),
     ]
 
@@ -115,28 +126,32 @@ class _KV(Structure):
     ]
 
 
-class _WriteCall(Structure):
-    _fields_ = [
-        ("kv", _KV),
-        ("qkv", c_void_p),
-        ("slots", c_void_p),
-        ("rows", c_int64),
-    ]
-
-
 class _AttentionCall(Structure):
     _fields_ = [
         ("kv", _KV),
         ("qkv", c_void_p),
-        ("positions", c_void_p),
-        ("query_starts", c_void_p),
-        ("block_tables", c_void_p),
         ("out", c_void_p),
-        ("tiles", c_void_p),
-        ("tile_count", c_int64),
-        ("table_width", c_int64),
         ("scale", c_float),
     ]
+
+
+class _Step(Structure):
+    _fields_ = [
+        ("op", c_int64),
+        ("call", c_void_p),
+    ]
+
+
+class _Op(IntEnum):
+    PACK = 0
+    LINEAR = 1
+    NORM = 2
+    EMBED = 3
+    WRITE_KV = 4
+    ATTENTION = 5
+
+
+_Call = _PackCall | _LinearCall | _NormCall | _EmbedCall | _AttentionCall
 
 
 # === Loading ===
@@ -147,7 +162,7 @@ class KernelsUnavailableError(Exception):
 
 
 class Kernels:
-    """The loaded library, at one instruction set level."""
+    """The loaded library, at one instruction set level. Not for several Python threads at once."""
 
     def __init__(self, library: ctypes.CDLL, level: int) -> None:
         self._library = library
@@ -160,59 +175,44 @@ class Kernels:
     def describe(self) -> str:
         return f"C kernels ({self._library.kernels_level_name(self.level).decode()})"
 
+    def run(self, steps: ctypes.Array[_Step], batch: _Batch) -> None:
+        self._library.kernels_run(self.level, steps, len(steps), byref(batch))
+
+    def run_one(self, op: _Op, call: _Call, batch: _Batch) -> None:
+        self.run(_steps([(op, call)]), batch)
+
+    def panels_bytes(self, linear: _Linear) -> int:
+        return int(self._library.kernels_panels_bytes(self.level, byref(linear)))
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None, storage: Storage = Storage.FP32) -> PackedLinear:
         """weight: (out, in) in any strides, bias: (out,)."""
-        return PackedLinear(self._library, self.level, weight, bias, storage)
+        return PackedLinear(self, weight, bias, storage)
 
-    def norm(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-        """x: (rows, width)."""
-        x = _ready(x)
-        out = torch.empty_like(x)
-        call = _NormCall(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), *x.shape, epsilon)
-        self._library.kernels_norm(self.level, byref(call))
-        return out
+    def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> KernelNorm:
+        """weight, bias: (width,)."""
+        return KernelNorm(self, weight, bias, epsilon)
 
     def embed(self, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
         """wte[tokens] + wpe[positions]; tokens and positions: (rows,) int64. Returns (rows, width)."""
         assert tokens.dtype == positions.dtype == torch.int64
         out = torch.empty(len(tokens), wte.shape[1])
-        pointers = [tensor.data_ptr() for tensor in (tokens, positions, wte, wpe, out)]
-        self._library.kernels_embed(self.level, byref(_EmbedCall(*pointers, *out.shape)))
+        batch = _Batch(rows=len(tokens), tokens=tokens.data_ptr(), positions=positions.data_ptr())
+        self.run_one(_Op.EMBED, _embed_call(wte, wpe, out), batch)
         return out
 
     def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None:
         """Store the keys and values of qkv: (rows, 3 * n_embd) at slots: (rows,) int64, in the layout of kernels.h."""
         assert slots.dtype == torch.int64
         qkv = _ready(qkv)
-        call = _WriteCall(_kv(cache), qkv.data_ptr(), slots.data_ptr(), len(slots))
-        self._library.kernels_write_kv(self.level, byref(call))
+        batch = _Batch(rows=len(slots), slots=slots.data_ptr())
+        self.run_one(_Op.WRITE_KV, _AttentionCall(_kv(cache), qkv.data_ptr()), batch)
 
-    def attention(
-        self,
-        qkv: Tensor,
-        cache: LayerCache,
-        positions: Tensor,
-        query_starts: Tensor,
-        block_tables: Tensor,
-        scale: float,
-    ) -> Tensor:
-        """qkv: (rows, 3 * n_embd); the rest as in `Batch`. Returns (rows, n_embd)."""
-        assert positions.dtype == torch.int64
-        assert query_starts.dtype == block_tables.dtype == torch.int32
-        assert block_tables.is_contiguous()
+    def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
+        """qkv: (rows, 3 * n_embd). Each row sees its sequence's positions up to its own. Returns (rows, n_embd)."""
         qkv = _ready(qkv)
         out = torch.empty(qkv.shape[0], qkv.shape[1] // 3)
-        call = _AttentionCall(
-            kv=_kv(cache),
-            qkv=qkv.data_ptr(),
-            positions=positions.data_ptr(),
-            query_starts=query_starts.data_ptr(),
-            block_tables=block_tables.data_ptr(),
-            out=out.data_ptr(),
-            table_width=block_tables.shape[1],
-            scale=scale,
-        )
-        self._library.kernels_attention(self.level, byref(call), len(block_tables))
+        call = _AttentionCall(_kv(cache), qkv.data_ptr(), out.data_ptr(), scale)
+        self.run_one(_Op.ATTENTION, call, _batch(batch))
         return out
 
 
@@ -245,15 +245,11 @@ def _library() -> ctypes.CDLL:
         raise KernelsUnavailableError("the C kernels were not built; install again with a C compiler")
     try:
         library = ctypes.CDLL(str(paths[0]))
-        for name in ("pack", "linear"):
-            _declare(library, name, None, c_void_p)
-        for name in ("norm", "embed", "write_kv"):
-            _declare(library, name, None, c_int, c_void_p)
-        _declare(library, "attention", None, c_int, c_void_p, c_int64)
+        _declare(library, "run", None, c_int, c_void_p, c_int64, c_void_p)
         _declare(library, "set_threads", c_int, c_int)
         _declare(library, "best_level", c_int)
         _declare(library, "level_name", c_char_p, c_int)
-        _declare(library, "panels_bytes", c_size_t, c_void_p)
+        _declare(library, "panels_bytes", c_size_t, c_int, c_void_p)
     except (OSError, AttributeError) as error:
         raise KernelsUnavailableError("the C kernels cannot be loaded on this machine") from error
     return library
@@ -265,49 +261,73 @@ def _declare(library: ctypes.CDLL, name: str, result: type | None, *arguments: t
     function.argtypes = arguments
 
 
-# === Linear layers ===
+# === Layers ===
 
 
 class PackedLinear:
     """`model.linear.Linear`, its weights packed for one level."""
 
-    def __init__(self, library: ctypes.CDLL, level: int, weight: Tensor, bias: Tensor | None, storage: Storage) -> None:
+    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None, storage: Storage) -> None:
         weight = weight.float()
-        outputs, inputs = weight.shape
-        self._library = library
-        self._edges = torch.zeros(2, -(-outputs // PADDING) * PADDING)  # bias, scale
+        self.outputs, inputs = weight.shape
+        self._kernels = kernels
+        self._edges = torch.zeros(2, -(-self.outputs // PADDING) * PADDING)  # bias, scale
         if bias is not None:
-            self._edges[0, :outputs] = bias
-        self._linear = _Linear(
-            inputs, outputs, storage, level, None, self._edges[0].data_ptr(), self._edges[1].data_ptr()
-        )
-        self._panels = huge_bytes(library.kernels_panels_bytes(byref(self._linear)))
+            self._edges[0, : self.outputs] = bias
+        edges = [edge.data_ptr() for edge in self._edges]
+        self._linear = _Linear(inputs, self.outputs, storage, None, *edges)
+        self._panels = huge_bytes(kernels.panels_bytes(self._linear))
         self._linear.panels = self._panels.data_ptr()
-        self._outputs = outputs
-        self._call = _LinearCall(w=ctypes.pointer(self._linear))
-        library.kernels_pack(byref(_PackCall(self._call.w, weight.data_ptr(), *weight.stride())))
+        call = _PackCall(ctypes.pointer(self._linear), weight.data_ptr(), *weight.stride())
+        kernels.run_one(_Op.PACK, call, _Batch())
+        self._call = self.call(None, None, None, None)
+        self._steps = _steps([(_Op.LINEAR, self._call)])
+        self._batch = _Batch()
 
-    def __call__(
-        self,
-        x: Tensor,
-        *,
-        activation: Activation | None = None,
-        residual: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """activation(x Wᵀ + b), plus the residual. x: (rows, in); residual and out: (rows, out)."""
+    def __call__(self, x: Tensor, *, activation: Activation | None = None, residual: Tensor | None = None) -> Tensor:
+        """activation(x Wᵀ + b), plus the residual. x: (rows, in); residual: (rows, out); returns (rows, out)."""
         x = _ready(x)
         residual = None if residual is None else _ready(residual)
-        if out is None:
-            out = torch.empty(x.shape[0], self._outputs)
+        out = torch.empty(x.shape[0], self.outputs)
         call = self._call
         call.x = x.data_ptr()
         call.residual = None if residual is None else residual.data_ptr()
         call.y = out.data_ptr()
-        call.rows = x.shape[0]
         call.act = _ACTIVATIONS[activation]
-        self._library.kernels_linear(byref(call))
+        self._batch.rows = x.shape[0]
+        self._kernels.run(self._steps, self._batch)
         return out
+
+    def call(
+        self, x: Tensor | None, out: Tensor | None, activation: Activation | None, residual: Tensor | None
+    ) -> _LinearCall:
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (x, residual, out)]
+        return _LinearCall(ctypes.pointer(self._linear), *pointers, _ACTIVATIONS[activation])
+
+
+class KernelNorm:
+    """`model.ops.Norm`."""
+
+    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor, epsilon: float) -> None:
+        self._kernels = kernels
+        self._weight, self._bias = _ready(weight), _ready(bias)
+        self._epsilon = epsilon
+        self._call = self.call(self._weight, self._weight)
+        self._steps = _steps([(_Op.NORM, self._call)])
+        self._batch = _Batch()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (rows, width)."""
+        x = _ready(x)
+        out = torch.empty_like(x)
+        self._call.x, self._call.y = x.data_ptr(), out.data_ptr()
+        self._batch.rows = x.shape[0]
+        self._kernels.run(self._steps, self._batch)
+        return out
+
+    def call(self, x: Tensor, out: Tensor) -> _NormCall:
+        pointers = [tensor.data_ptr() for tensor in (x, self._weight, self._bias, out)]
+        return _NormCall(*pointers, len(self._weight), self._epsilon)
 
 
 def huge_bytes(size: int) -> Tensor:
@@ -334,8 +354,8 @@ class KernelOps:
     def linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         return self._kernels.pack_linear(weight, bias, self._storage)
 
-    def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> _Norm:
-        return _Norm(self._kernels, self.place(weight), self.place(bias), epsilon)
+    def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> KernelNorm:
+        return self._kernels.norm(self.place(weight), self.place(bias), epsilon)
 
     def embed(self, batch: Batch, token_embedding: Tensor, position_embedding: Tensor) -> Tensor:
         return self._kernels.embed(batch.tokens, batch.positions, token_embedding, position_embedding)
@@ -344,21 +364,111 @@ class KernelOps:
         self._kernels.write_kv(qkv, cache, slots)
 
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
-        return self._kernels.attention(qkv, cache, batch.positions, batch.query_starts, batch.block_tables, scale)
+        return self._kernels.attention(qkv, cache, batch, scale)
 
     def describe(self) -> str:
         return f"{self._storage.name.lower()}, {self._kernels.describe()}"
 
 
-class _Norm:
-    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor, epsilon: float) -> None:
-        self._kernels = kernels
-        self._weight = weight
-        self._bias = bias
-        self._epsilon = epsilon
+# === The whole network in one call ===
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._kernels.norm(x, self._weight, self._bias, self._epsilon)
+
+class LayerParts(Protocol):
+    """What `model.gpt2.Layer` is, made by KernelOps."""
+
+    @property
+    def norm_1(self) -> KernelNorm: ...
+    @property
+    def attend_in(self) -> PackedLinear: ...
+    @property
+    def attend_out(self) -> PackedLinear: ...
+    @property
+    def norm_2(self) -> KernelNorm: ...
+    @property
+    def mlp_in(self) -> PackedLinear: ...
+    @property
+    def mlp_out(self) -> PackedLinear: ...
+    @property
+    def scale(self) -> float: ...
+
+
+class Forward:
+    """From a batch to hidden states, all layers in one call: the bits of layer by layer, without the Python between."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        token_embedding: Tensor,
+        position_embedding: Tensor,
+        layers: Sequence[LayerParts],
+        caches: Sequence[LayerCache],
+        activation: Activation,
+    ) -> None:
+        """caches: one for each layer; they stay where they are in memory as long as this lives."""
+        self._kernels = kernels
+        self._embeddings = _ready(token_embedding), _ready(position_embedding)
+        self._layers = layers
+        self._caches = caches
+        self._activation = activation
+        self._record(1)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Hidden states (rows, n_embd), good until the next call."""
+        rows = len(batch.tokens)
+        if rows > len(self._hidden):
+            self._record(max(rows, 2 * len(self._hidden)))
+        self._kernels.run(self._steps, _batch(batch))
+        return self._hidden[:rows]
+
+    def _record(self, rows: int) -> None:
+        width = self._embeddings[0].shape[1]
+        hidden, normed, mixed = (torch.empty(rows, width) for _ in range(3))
+        qkv, wide = torch.empty(rows, 3 * width), torch.empty(rows, self._layers[0].mlp_in.outputs)
+        calls: list[tuple[_Op, _Call]] = [(_Op.EMBED, _embed_call(*self._embeddings, hidden))]
+        for layer, cache in zip(self._layers, self._caches, strict=True):
+            attention = _AttentionCall(_kv(cache), qkv.data_ptr(), mixed.data_ptr(), layer.scale)
+            calls += [
+                (_Op.NORM, layer.norm_1.call(hidden, normed)),
+                (_Op.LINEAR, layer.attend_in.call(normed, qkv, None, None)),
+                (_Op.WRITE_KV, attention),
+                (_Op.ATTENTION, attention),
+                (_Op.LINEAR, layer.attend_out.call(mixed, hidden, None, hidden)),
+                (_Op.NORM, layer.norm_2.call(hidden, normed)),
+                (_Op.LINEAR, layer.mlp_in.call(normed, wide, self._activation, None)),
+                (_Op.LINEAR, layer.mlp_out.call(wide, hidden, None, hidden)),
+            ]
+        self._hidden = hidden
+        self._steps = _steps(calls)
+        self._kept = calls, normed, mixed, qkv, wide  # the steps point into these
+
+
+# === Pointers ===
+
+
+def _steps(calls: Sequence[tuple[_Op, _Call]]) -> ctypes.Array[_Step]:
+    """The caller keeps the calls alive."""
+    return (_Step * len(calls))(*[_Step(op, ctypes.addressof(call)) for op, call in calls])
+
+
+def _batch(batch: Batch) -> _Batch:
+    assert batch.tokens.dtype == batch.positions.dtype == batch.slots.dtype == torch.int64
+    assert batch.query_starts.dtype == batch.block_tables.dtype == torch.int32
+    assert batch.block_tables.is_contiguous()
+    sequences, table_width = batch.block_tables.shape
+    return _Batch(
+        rows=len(batch.tokens),
+        sequences=sequences,
+        table_width=table_width,
+        tokens=batch.tokens.data_ptr(),
+        positions=batch.positions.data_ptr(),
+        slots=batch.slots.data_ptr(),
+        query_starts=batch.query_starts.data_ptr(),
+        block_tables=batch.block_tables.data_ptr(),
+    )
+
+
+def _embed_call(wte: Tensor, wpe: Tensor, out: Tensor) -> _EmbedCall:
+    return _EmbedCall(wte.data_ptr(), wpe.data_ptr(), out.data_ptr(), wte.shape[1])
 
 
 def _ready(x: Tensor) -> Tensor:

@@ -35,70 +35,90 @@
 #endif
 
 /* === Threads ===
- * Our own, because two OpenMP pools (PyTorch's and ours) spin against each other. Waiting spins for a moment, then sleeps. */
+ * Our own, because two OpenMP pools (PyTorch's and ours) spin against each other.
+ *
+ * A job is a number of items that threads take one by one. The caller takes items too, and when there are none left it
+ * shuts the gate and waits for those inside: never for a thread that has not come in. So a helper that the system does
+ * not run just now costs nothing, and on a busy machine a step is never slower than on one thread by more than an item. */
 
-enum { MAX_THREADS = 256, SPINS = 4000, SPINS_AT_BARRIER = 20000 };
+enum { MAX_THREADS = 256, SPINS = 4000, SPINS_AT_GATE = 20000 };
+#define GATE_JOB (1ull << 32)  /* the gate's high half numbers the job, */
+#define GATE_SHUT (1ull << 31) /* a bit says that it is over, and the rest counts the helpers inside */
+#define GATE_INSIDE (GATE_SHUT - 1)
 
 static struct {
     pthread_mutex_t caller; /* held through a whole call: one at a time */
     pthread_mutex_t lock;
     pthread_cond_t wake;
     int threads; /* counting the caller */
-    pthread_t workers[MAX_THREADS];
+    pthread_t helpers[MAX_THREADS];
     void (*job)(void *); /* NULL: leave */
     void *argument;
-    _Alignas(64) atomic_uint generation; /* one more for each job */
+    _Alignas(64) atomic_ullong gate;
     _Alignas(64) atomic_int asleep;
-    _Alignas(64) atomic_uint arrived, phase;
     _Alignas(64) atomic_llong item;
-} pool = {.caller = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .threads = 1};
+} pool = {
+    .caller = PTHREAD_MUTEX_INITIALIZER,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+    .wake = PTHREAD_COND_INITIALIZER,
+    .threads = 1,
+    .gate = GATE_SHUT,
+};
 
 static int pool_threads(void) { return pool.threads; }
 
 static int64_t next_item(void) { return atomic_fetch_add_explicit(&pool.item, 1, memory_order_relaxed); }
 
-static void barrier(void)
+static unsigned current_job(void) { return (unsigned)(atomic_load(&pool.gate) / GATE_JOB); }
+
+/* Come in, unless the job is over. Whoever is inside may read pool.job: it stays until they are out. */
+static int enter(unsigned job)
 {
-    unsigned phase = atomic_load(&pool.phase);
-    if (atomic_fetch_add(&pool.arrived, 1) + 1 == (unsigned)pool.threads) {
-        atomic_store(&pool.arrived, 0);
-        atomic_store(&pool.item, 0);
-        atomic_store(&pool.phase, phase + 1);
-        return;
-    }
-    for (int spins = 0; atomic_load_explicit(&pool.phase, memory_order_acquire) == phase; spins++) {
-        if (spins < SPINS_AT_BARRIER)
-            PAUSE();
-        else
-            sched_yield();
-    }
+    unsigned long long gate = atomic_load(&pool.gate);
+    do {
+        if (gate / GATE_JOB != job || gate & GATE_SHUT)
+            return 0;
+    } while (!atomic_compare_exchange_weak(&pool.gate, &gate, gate + 1));
+    return 1;
 }
 
-static void *worker(void *argument)
+static unsigned wait_for_job(unsigned seen)
 {
-    for (unsigned seen = (unsigned)(uintptr_t)argument;; seen++) {
-        for (int i = 0; i < SPINS && atomic_load_explicit(&pool.generation, memory_order_acquire) == seen; i++)
-            PAUSE();
-        if (atomic_load(&pool.generation) == seen) {
-            pthread_mutex_lock(&pool.lock);
-            atomic_fetch_add(&pool.asleep, 1);
-            while (atomic_load(&pool.generation) == seen)
-                pthread_cond_wait(&pool.wake, &pool.lock);
-            atomic_fetch_sub(&pool.asleep, 1);
-            pthread_mutex_unlock(&pool.lock);
-        }
-        if (!pool.job)
+    for (int i = 0; i < SPINS && current_job() == seen; i++)
+        PAUSE();
+    if (current_job() == seen) {
+        pthread_mutex_lock(&pool.lock);
+        atomic_fetch_add(&pool.asleep, 1);
+        while (current_job() == seen)
+            pthread_cond_wait(&pool.wake, &pool.lock);
+        atomic_fetch_sub(&pool.asleep, 1);
+        pthread_mutex_unlock(&pool.lock);
+    }
+    return current_job();
+}
+
+static void *helper(void *argument)
+{
+    for (unsigned job = (unsigned)(uintptr_t)argument;;) {
+        job = wait_for_job(job);
+        if (!enter(job))
+            continue;
+        int leave = !pool.job;
+        if (!leave)
+            pool.job(pool.argument);
+        atomic_fetch_sub(&pool.gate, 1);
+        if (leave)
             return NULL;
-        pool.job(pool.argument);
-        barrier();
     }
 }
 
+/* Open the gate to a job. It is shut and nobody is inside. */
 static void post(void (*job)(void *), void *argument)
 {
     pool.job = job;
     pool.argument = argument;
-    atomic_fetch_add(&pool.generation, 1);
+    atomic_store(&pool.item, 0);
+    atomic_store(&pool.gate, (unsigned long long)(current_job() + 1u) * GATE_JOB);
     if (atomic_load(&pool.asleep) > 0) {
         pthread_mutex_lock(&pool.lock);
         pthread_cond_broadcast(&pool.wake);
@@ -106,16 +126,26 @@ static void post(void (*job)(void *), void *argument)
     }
 }
 
-/* Called with pool.caller held. */
-static void run(void (*job)(void *), void *argument)
+/* Called with pool.caller held. items: as many as the job has; a single one is not worth waking anybody. */
+static void run(void (*job)(void *), void *argument, int64_t items)
 {
-    if (pool.threads > 1)
-        post(job, argument);
+    if (pool.threads == 1 || items < 2) {
+        atomic_store(&pool.item, 0);
+        job(argument);
+        return;
+    }
+    post(job, argument);
     job(argument);
-    barrier();
+    atomic_fetch_or(&pool.gate, GATE_SHUT);
+    for (int spins = 0; atomic_load_explicit(&pool.gate, memory_order_acquire) & GATE_INSIDE; spins++) {
+        if (spins < SPINS_AT_GATE)
+            PAUSE();
+        else
+            sched_yield();
+    }
 }
 
-static void forget_workers(void) { pool.threads = 1; } /* a forked child has none */
+static void forget_helpers(void) { pool.threads = 1; } /* a forked child has none */
 
 /* Use `threads` threads, the caller's among them; returns how many there are. */
 int kernels_set_threads(int threads)
@@ -123,14 +153,15 @@ int kernels_set_threads(int threads)
     static int registered;
     pthread_mutex_lock(&pool.caller);
     if (!registered++)
-        pthread_atfork(NULL, NULL, forget_workers);
+        pthread_atfork(NULL, NULL, forget_helpers);
     if (pool.threads > 1)
         post(NULL, NULL);
     for (int i = 1; i < pool.threads; i++)
-        pthread_join(pool.workers[i], NULL);
-    void *seen = (void *)(uintptr_t)atomic_load(&pool.generation);
+        pthread_join(pool.helpers[i], NULL);
+    atomic_fetch_or(&pool.gate, GATE_SHUT);
+    void *seen = (void *)(uintptr_t)current_job();
     pool.threads = 1;
-    while (pool.threads < MIN(threads, MAX_THREADS) && !pthread_create(&pool.workers[pool.threads], NULL, worker, seen))
+    while (pool.threads < MIN(threads, MAX_THREADS) && !pthread_create(&pool.helpers[pool.threads], NULL, helper, seen))
         pool.threads++;
     int started = pool.threads;
     pthread_mutex_unlock(&pool.caller);
@@ -228,53 +259,79 @@ int kernels_best_level(void) { return 0; }
 
 const char *kernels_level_name(int level) { return levels[level]->name; }
 
-size_t kernels_panels_bytes(const struct linear *w)
+size_t kernels_panels_bytes(int level, const struct linear *w)
 {
-    const int64_t panel = levels[w->level]->panel;
+    const int64_t panel = levels[level]->panel;
     return DIV_UP(w->out, panel) * panel_bytes(w, panel);
 }
 
-static void locked(void (*job)(void *), void *call)
+/* Cut each sequence's rows into tiles of `height` rows at most, for attention. */
+static void cut(struct batch *batch, int height)
 {
-    pthread_mutex_lock(&pool.caller);
-    run(job, call);
-    pthread_mutex_unlock(&pool.caller);
-}
-
-void kernels_pack(struct pack_call *call) { locked(levels[call->w->level]->pack, call); }
-void kernels_norm(int level, struct norm_call *call) { locked(levels[level]->norm, call); }
-void kernels_embed(int level, struct embed_call *call) { locked(levels[level]->embed, call); }
-void kernels_write_kv(int level, struct write_call *call) { locked(levels[level]->write_kv, call); }
-
-void kernels_linear(struct linear_call *call)
-{
-    const struct level *level = levels[call->w->level];
-    size_t rows = ROUND_UP(call->rows, level->tile_rows) + level->tile_rows, groups = DIV_UP(call->w->in, KB);
-    pthread_mutex_lock(&pool.caller);
-    call->packed = scratch(rows * groups * (KB * 4 + 8));
-    run(level->linear, call);
-    pthread_mutex_unlock(&pool.caller);
-}
-
-/* Cut each sequence's rows into tiles of `height` rows at most. tiles: (count, 3). */
-static int64_t cut(const struct attention_call *call, int64_t sequences, int height, int32_t *tiles)
-{
-    int64_t count = 0;
-    for (int32_t s = 0; s < sequences; s++)
-        for (int32_t row = call->query_starts[s], end = call->query_starts[s + 1]; row < end; row += height, count++) {
-            tiles[3 * count] = row;
-            tiles[3 * count + 1] = MIN(height, end - row);
-            tiles[3 * count + 2] = s;
+    int32_t *tile = batch->tiles;
+    for (int32_t s = 0; s < batch->sequences; s++)
+        for (int32_t row = batch->query_starts[s], end = batch->query_starts[s + 1]; row < end; row += height, tile += 3) {
+            tile[0] = row;
+            tile[1] = MIN(height, end - row);
+            tile[2] = s;
         }
-    return count;
+    batch->tile_count = (tile - batch->tiles) / 3;
 }
 
-void kernels_attention(int level, struct attention_call *call, int64_t sequences)
+/* One operation under way. */
+struct work {
+    void (*op)(const void *call, const struct batch *batch);
+    const void *call;
+    const struct batch *batch;
+};
+
+static void work_on(void *argument)
 {
+    const struct work *work = argument;
+    work->op(work->call, work->batch);
+}
+
+/* Into how many items an operation falls, at least. */
+static int64_t items_of(const struct level *level, const struct step *step, const struct batch *batch)
+{
+    switch (step->op) {
+    case OP_PACK: return DIV_UP(((const struct pack_call *)step->call)->w->out, level->panel);
+    case OP_LINEAR: return DIV_UP(((const struct linear_call *)step->call)->w->out, level->panel);
+    case OP_ATTENTION:
+    case OP_WRITE_KV: return ((const struct attention_call *)step->call)->kv.heads;
+    default: return batch->rows;
+    }
+}
+
+static int needs_packed_rows(const struct step *step, const struct batch *batch)
+{
+    return step->op == OP_LINEAR && (batch->rows > 1 || ((const struct linear_call *)step->call)->w->kind == KIND_I8);
+}
+
+static void run_step(const struct level *level, struct step step, const struct batch *batch)
+{
+    struct work work = {level->ops[step.op], step.call, batch};
+    run(work_on, &work, items_of(level, &step, batch));
+}
+
+/* Run the steps one after the other, each by all threads. batch->packed, tiles and tile_count are filled in here. */
+void kernels_run(int level_number, const struct step *steps, int64_t count, struct batch *batch)
+{
+    const struct level *level = levels[level_number];
+    const size_t rows = ROUND_UP(batch->rows, level->tile_rows) + level->tile_rows;
+    size_t groups = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (steps[i].op == OP_LINEAR)
+            groups = MAX(groups, (size_t)DIV_UP(((const struct linear_call *)steps[i].call)->w->in, KB));
     pthread_mutex_lock(&pool.caller);
-    int32_t *tiles = scratch((size_t)call->query_starts[sequences] * 3 * sizeof *tiles);
-    call->tiles = tiles;
-    call->tile_count = cut(call, sequences, levels[level]->tile_rows, tiles);
-    run(levels[level]->attention, call);
+    batch->packed = scratch(rows * groups * (KB * 4 + 8) + rows * 3 * sizeof *batch->tiles);
+    batch->tiles = (int32_t *)((char *)batch->packed + rows * groups * (KB * 4 + 8));
+    if (batch->query_starts)
+        cut(batch, level->tile_rows);
+    for (int64_t i = 0; i < count; i++) {
+        if (needs_packed_rows(&steps[i], batch))
+            run_step(level, (struct step){OP_PACK_ROWS, steps[i].call}, batch);
+        run_step(level, steps[i], batch);
+    }
     pthread_mutex_unlock(&pool.caller);
 }

@@ -22,13 +22,24 @@ enum { MAX_PANEL = 32 };
 enum kind { KIND_F32, KIND_F16, KIND_I8 };
 enum activation { ACT_NONE, ACT_GELU_TANH, ACT_GELU_ERF, ACT_RELU, ACT_SILU };
 
-/* y = act(x Wt + bias) (+ residual), W (out, in) packed by `pack` of the same level. */
+/* y = act(x Wt + bias) (+ residual), W (out, in) packed by OP_PACK of the same level. */
 struct linear {
     int64_t in, out;
-    int32_t kind, level;
+    int64_t kind;
     const void *panels; /* see kernels.c */
     const float *bias;  /* (out rounded up to MAX_PANEL), zeros where there is none */
     const float *scale; /* the same shape: int8 weights' scale of each output */
+};
+
+/* What every operation of one step shares: the rows, and where they belong. */
+struct batch {
+    int64_t rows, sequences, table_width;
+    const int64_t *tokens, *positions, *slots; /* (rows,); slot = block * block_size + offset */
+    const int32_t *query_starts;               /* (sequences + 1,) */
+    const int32_t *block_tables;               /* (sequences, table_width) */
+    void *packed;                              /* set by kernels_run: room for one packed x */
+    int32_t *tiles;                            /* set by kernels_run: (tile_count, 3): first row, rows, sequence */
+    int64_t tile_count;
 };
 
 struct linear_call {
@@ -36,8 +47,6 @@ struct linear_call {
     const float *x;        /* (rows, in) */
     const float *residual; /* (rows, out) or NULL */
     float *y;              /* (rows, out) */
-    void *packed;          /* scratch */
-    int64_t rows;
     int32_t act;
 };
 
@@ -57,15 +66,14 @@ struct pack_call {
 struct norm_call {
     const float *x, *weight, *bias; /* (rows, width), (width,), (width,) */
     float *y;
-    int64_t rows, width;
+    int64_t width;
     float epsilon;
 };
 
 struct embed_call {
-    const int64_t *tokens, *positions; /* (rows,) */
-    const float *wte, *wpe;            /* (vocab, width), (n_positions, width) */
-    float *y;                          /* (rows, width) */
-    int64_t rows, width;
+    const float *wte, *wpe; /* (vocab, width), (n_positions, width) */
+    float *y;               /* (rows, width) */
+    int64_t width;
 };
 
 /* One layer's cache. keys and values: (blocks, heads, block_size, head_dim) elements of fp32, or fp16 where half.
@@ -77,30 +85,26 @@ struct kv {
     int32_t half;
 };
 
-struct write_call {
-    struct kv kv;
-    const float *qkv;     /* (rows, 3, heads, head_dim) */
-    const int64_t *slots; /* (rows,): block * block_size + offset */
-    int64_t rows;
-};
-
+/* OP_WRITE_KV reads kv and qkv alone. */
 struct attention_call {
     struct kv kv;
-    const float *qkv;            /* (rows, 3, heads, head_dim) */
-    const int64_t *positions;    /* (rows,) */
-    const int32_t *query_starts; /* (sequences + 1,) */
-    const int32_t *block_tables; /* (sequences, table_width) */
-    float *out;                  /* (rows, heads, head_dim) */
-    const int32_t *tiles;        /* (tile_count, 3): first row, rows, sequence */
-    int64_t tile_count, table_width;
+    const float *qkv; /* (rows, 3, heads, head_dim) */
+    float *out;       /* (rows, heads, head_dim) */
     float scale;
 };
 
-/* One set of these for each instruction set. Every one is run by all threads of the pool at once. */
+enum op { OP_PACK, OP_LINEAR, OP_NORM, OP_EMBED, OP_WRITE_KV, OP_ATTENTION, OP_PACK_ROWS /* of OP_LINEAR, by itself */, OPS };
+
+struct step {
+    int64_t op;
+    const void *call;
+};
+
+/* One set of these for each instruction set. An operation is run by all threads of the pool at once. */
 struct level {
     const char *name;
     int32_t panel, tile_rows; /* output columns of a panel; rows computed together */
-    void (*pack)(void *), (*linear)(void *), (*norm)(void *), (*embed)(void *), (*write_kv)(void *), (*attention)(void *);
+    void (*ops[OPS])(const void *call, const struct batch *batch);
 };
 
 #endif

@@ -343,21 +343,26 @@ static void FN(quantise)(const float *x, int64_t n, uint8_t *q, float *scale, in
 }
 
 /* One packed tile of int8 x. */
-INLINE struct quantised FN(tile_of)(const struct linear_call *c, int64_t tile, int height, int64_t groups)
+INLINE struct quantised FN(tile_of)(const struct batch *b, int64_t tile, int height, int64_t groups)
 {
-    const int64_t cells = DIV_UP(c->rows, height) * height * groups, at = tile * height * groups;
-    float *scale = (float *)((char *)c->packed + cells * KB);
-    return (struct quantised){(uint8_t *)c->packed + at * KB, scale + at, (int32_t *)(scale + cells) + at};
+    const int64_t cells = DIV_UP(b->rows, height) * height * groups, at = tile * height * groups;
+    float *scale = (float *)((char *)b->packed + cells * KB);
+    return (struct quantised){(uint8_t *)b->packed + at * KB, scale + at, (int32_t *)(scale + cells) + at};
 }
 
+/* How high tiles are: 32 rows are 11 + 11 + 10, not 12 + 12 + 8. */
+INLINE int FN(tile_height)(int64_t rows) { return (int)DIV_UP(rows, DIV_UP(rows, TILE_ROWS)); }
+
 /* Rows of x into tiles: see kernels.c. */
-static void FN(pack_rows)(const struct linear_call *c, int height)
+static void FN(pack_rows)(const void *call, const struct batch *b)
 {
+    const struct linear_call *c = call;
     const int64_t in = c->w->in, groups = DIV_UP(in, KB);
-    for (int64_t row; (row = next_item()) < c->rows;) {
+    const int height = FN(tile_height)(b->rows);
+    for (int64_t row; (row = next_item()) < b->rows;) {
         const int64_t tile = row / height, r = row % height;
-        const struct quantised x = FN(tile_of)(c, tile, height, groups);
-        float *whole = (float *)c->packed + (tile * height * groups + r) * KB;
+        const struct quantised x = FN(tile_of)(b, tile, height, groups);
+        float *whole = (float *)b->packed + (tile * height * groups + r) * KB;
         for (int64_t k = 0, g = r; k < in; k += KB, g += height, whole += height * KB) {
             const int64_t n = MIN(KB, in - k);
             if (c->w->kind == KIND_I8)
@@ -366,29 +371,26 @@ static void FN(pack_rows)(const struct linear_call *c, int height)
                 memcpy(whole, c->x + row * in + k, n * sizeof *whole);
         }
     }
-    barrier();
 }
 
-static void FN(linear)(void *argument)
+static void FN(linear)(const void *call, const struct batch *b)
 {
-    const struct linear_call *c = argument;
+    const struct linear_call *c = call;
     const struct linear *w = c->w;
-    const int64_t tiles = DIV_UP(c->rows, TILE_ROWS), panels = DIV_UP(w->out, PANEL), groups = DIV_UP(w->in, KB);
-    const int height = (int)DIV_UP(c->rows, tiles); /* 32 rows are 11 + 11 + 10, not 12 + 12 + 8 */
-    const int as_is = c->rows == 1 && w->kind != KIND_I8;
-    if (!as_is)
-        FN(pack_rows)(c, height);
+    const int64_t tiles = DIV_UP(b->rows, TILE_ROWS), panels = DIV_UP(w->out, PANEL), groups = DIV_UP(w->in, KB);
+    const int height = FN(tile_height)(b->rows);
+    const int as_is = b->rows == 1 && w->kind != KIND_I8;
     /* An item is one panel and a run of tiles: long, but enough of them for every thread. */
     const int64_t runs = MIN(tiles, DIV_UP(4 * pool_threads(), panels)), run = DIV_UP(tiles, runs);
     const size_t bytes = panel_bytes(w, PANEL);
     for (int64_t item; (item = next_item()) < panels * runs;) {
         const int64_t panel = item / runs, from = item % runs * run;
         const char *weights = (const char *)w->panels + panel * bytes;
-        for (int64_t tile = from; tile < MIN(DIV_UP(c->rows, height), from + run); tile++) {
+        for (int64_t tile = from; tile < MIN(DIV_UP(b->rows, height), from + run); tile++) {
             float acc[TILE_ROWS * PANEL];
-            const int rows = (int)MIN(height, c->rows - tile * height);
-            const float *x = as_is ? c->x : (const float *)c->packed + tile * height * groups * KB;
-            const struct quantised q = FN(tile_of)(c, tile, height, groups);
+            const int rows = (int)MIN(height, b->rows - tile * height);
+            const float *x = as_is ? c->x : (const float *)b->packed + tile * height * groups * KB;
+            const struct quantised q = FN(tile_of)(b, tile, height, groups);
             switch (w->kind) {
             case KIND_F32: FN(tile_f32)(rows, acc, x, height, weights, w->in); break;
             case KIND_F16: FN(tile_f16)(rows, acc, x, height, weights, w->in); break;
@@ -437,9 +439,10 @@ static void FN(pack_int8)(const struct pack_call *c, const float *from, int64_t 
     }
 }
 
-static void FN(pack)(void *argument)
+static void FN(pack)(const void *call, const struct batch *b)
 {
-    const struct pack_call *c = argument;
+    (void)b;
+    const struct pack_call *c = call;
     const struct linear *w = c->w;
     for (int64_t panel; (panel = next_item()) < DIV_UP(w->out, PANEL);) {
         const int64_t column = panel * PANEL, n = MIN(PANEL, w->out - column);
@@ -454,11 +457,11 @@ static void FN(pack)(void *argument)
 
 /* === Layer norm and embedding === */
 
-static void FN(norm)(void *argument)
+static void FN(norm)(const void *call, const struct batch *b)
 {
-    const struct norm_call *c = argument;
+    const struct norm_call *c = call;
     const int64_t whole = c->width / VL * VL, rest = c->width - whole;
-    for (int64_t row; (row = next_item()) < c->rows;) {
+    for (int64_t row; (row = next_item()) < b->rows;) {
         const float *x = c->x + row * c->width;
         float *y = c->y + row * c->width;
         vf last = FN(load_some)(x + whole, rest), sum = last, squares = {0};
@@ -479,11 +482,11 @@ static void FN(norm)(void *argument)
     }
 }
 
-static void FN(embed)(void *argument)
+static void FN(embed)(const void *call, const struct batch *b)
 {
-    const struct embed_call *c = argument;
-    for (int64_t row; (row = next_item()) < c->rows;) {
-        const float *token = c->wte + c->tokens[row] * c->width, *position = c->wpe + c->positions[row] * c->width;
+    const struct embed_call *c = call;
+    for (int64_t row; (row = next_item()) < b->rows;) {
+        const float *token = c->wte + b->tokens[row] * c->width, *position = c->wpe + b->positions[row] * c->width;
         for (int64_t i = 0; i < c->width; i++)
             c->y[row * c->width + i] = token[i] + position[i];
     }
@@ -496,18 +499,18 @@ INLINE char *FN(at)(const void *cache, const struct kv *kv, int64_t index)
     return (char *)cache + index * (kv->half ? 2 : 4);
 }
 
-static void FN(write_kv)(void *argument)
+static void FN(write_kv)(const void *call, const struct batch *b)
 {
-    const struct write_call *c = argument;
+    const struct attention_call *c = call;
     const struct kv *kv = &c->kv;
     const int64_t size = kv->block_size, dim = kv->head_dim, width = kv->heads * dim;
     const int64_t stride = size % GROUP ? 1 : GROUP;
     /* An item is one head of GROUP rows: neighbours in a key group are written by one thread, while it is in cache. */
-    for (int64_t item; (item = next_item()) < DIV_UP(c->rows, GROUP) * kv->heads;) {
+    for (int64_t item; (item = next_item()) < DIV_UP(b->rows, GROUP) * kv->heads;) {
         const int64_t head = item % kv->heads, from = item / kv->heads * GROUP;
-        for (int64_t row = from; row < MIN(c->rows, from + GROUP); row++) {
+        for (int64_t row = from; row < MIN(b->rows, from + GROUP); row++) {
             const float *key = c->qkv + (row * 3 + 1) * width + head * dim, *value = key + width;
-            const int64_t block = c->slots[row] / size, offset = c->slots[row] % size;
+            const int64_t block = b->slots[row] / size, offset = b->slots[row] % size;
             const int64_t base = (block * kv->heads + head) * size * dim, v_at = base + offset * dim;
             const int64_t k_at = base + offset / stride * stride * dim + offset % stride;
             if (kv->half) {
@@ -614,11 +617,11 @@ static void FN(mix_rest)(int half, float *out, float factor, const float *weight
 }
 
 /* Rows [row, row + mr) of one sequence, one head. */
-INLINE void FN(attend)(const int mr, const int half, const struct attention_call *c, int64_t row, const int32_t *table,
+INLINE void FN(attend)(const int mr, const int half, const struct attention_call *c, const struct batch *b, int64_t row, const int32_t *table,
                        int64_t head)
 {
     const struct kv *kv = &c->kv;
-    const int64_t dim = kv->head_dim, width = kv->heads * dim, *positions = c->positions + row;
+    const int64_t dim = kv->head_dim, width = kv->heads * dim, *positions = b->positions + row;
     float query[TILE_ROWS * KB], out[TILE_ROWS * KB], scores[TILE_ROWS * SPAN], factor[TILE_ROWS];
     char room[SPAN / GROUP][2 * GROUP * KB * sizeof(float)];
     struct FN(row) state[TILE_ROWS];
@@ -668,39 +671,39 @@ INLINE void FN(attend)(const int mr, const int half, const struct attention_call
     }
 }
 
-static void FN(attend_f32)(int rows, const struct attention_call *c, int64_t row, const int32_t *table, int64_t head)
+static void FN(attend_f32)(int rows, const struct attention_call *c, const struct batch *b, int64_t row, const int32_t *table, int64_t head)
 {
-#define CALL(n) FN(attend)(n, 0, c, row, table, head)
+#define CALL(n) FN(attend)(n, 0, c, b, row, table, head)
     WITH_ROWS(rows, CALL)
 #undef CALL
 }
 
-static void FN(attend_f16)(int rows, const struct attention_call *c, int64_t row, const int32_t *table, int64_t head)
+static void FN(attend_f16)(int rows, const struct attention_call *c, const struct batch *b, int64_t row, const int32_t *table, int64_t head)
 {
-#define CALL(n) FN(attend)(n, 1, c, row, table, head)
+#define CALL(n) FN(attend)(n, 1, c, b, row, table, head)
     WITH_ROWS(rows, CALL)
 #undef CALL
 }
 
-static void FN(attention)(void *argument)
+static void FN(attention)(const void *call, const struct batch *b)
 {
-    const struct attention_call *c = argument;
+    const struct attention_call *c = call;
     /* An item is a tile and a run of heads, which lie side by side in a block: long, but enough of them for every thread. */
-    const int64_t heads = c->kv.heads, runs = MIN(heads, DIV_UP(8 * pool_threads(), c->tile_count)), run = DIV_UP(heads, runs);
-    for (int64_t item, items = c->tile_count * runs; (item = next_item()) < items;) {
-        const int32_t *tile = c->tiles + 3 * ((items - 1 - item) / runs); /* the last rows look furthest: first */
-        const int32_t *table = c->block_tables + tile[2] * c->table_width;
+    const int64_t heads = c->kv.heads, runs = MIN(heads, DIV_UP(8 * pool_threads(), b->tile_count)), run = DIV_UP(heads, runs);
+    for (int64_t item, items = b->tile_count * runs; (item = next_item()) < items;) {
+        const int32_t *tile = b->tiles + 3 * ((items - 1 - item) / runs); /* the last rows look furthest: first */
+        const int32_t *table = b->block_tables + tile[2] * b->table_width;
         const int64_t from = item % runs * run;
         for (int64_t head = from; head < MIN(heads, from + run); head++) {
             if (c->kv.half)
-                FN(attend_f16)(tile[1], c, tile[0], table, head);
+                FN(attend_f16)(tile[1], c, b, tile[0], table, head);
             else
-                FN(attend_f32)(tile[1], c, tile[0], table, head);
+                FN(attend_f32)(tile[1], c, b, tile[0], table, head);
         }
     }
 }
 
 static const struct level FN(level) = {
-    CAT(LEVEL_NAME_, LEVEL),
-    PANEL, TILE_ROWS, FN(pack), FN(linear), FN(norm), FN(embed), FN(write_kv), FN(attention),
+    CAT(LEVEL_NAME_, LEVEL), PANEL, TILE_ROWS,
+    {FN(pack), FN(linear), FN(norm), FN(embed), FN(write_kv), FN(attention), FN(pack_rows)},
 };

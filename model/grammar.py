@@ -1,0 +1,136 @@
+"""Grammars that an output must match: which tokens may come next. Run by llguidance over a checkpoint's own vocabulary.
+
+A matcher is a function of its grammar and the tokens it was given, so it can be had again from a sequence's output.
+Imports no torch. Knows nothing of where a grammar came from, or of how one of the allowed tokens is chosen.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from model.errors import GrammarError
+from model.tokenizer import Tokenizer
+
+# Work that compiling a grammar, or one step of it, may take: some 10 ms each, beyond which it is refused or given up.
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=500_000,
+    step_lexer_fuel=150_000,
+    step_max_items=50_000,
+    max_lexer_states=30_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+COMPILED_MAX = 32
+
+
+class GrammarState(Enum):
+    OPEN = "open"
+    COMPLETE = "complete"  # matched, and nothing but the end can follow
+    LOST = "lost"  # a step took more than its limits, or nothing can follow although it is not matched
+
+
+class _Words:
+    """The vocabulary in the shape llguidance asks for."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id = tokenizer.eos_token_id
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self.tokens = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._encode(text.decode())
+
+
+class Matcher:
+    """Where one output is in its grammar. `allowed` has a bit for each token, least significant first, or is None."""
+
+    __slots__ = ("_end", "_matcher", "allowed", "state")
+
+    allowed: bytes | None
+    state: GrammarState
+
+    def __init__(self, matcher: LLMatcher, end: int) -> None:
+        """end: the EOS token, allowed where the grammar is matched."""
+        self._matcher = matcher
+        self._end = end
+        self._look()
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        if self._end in tokens:
+            self.allowed, self.state = None, GrammarState.COMPLETE
+        elif self._matcher.consume_tokens(list(tokens)):
+            self._look()
+        else:
+            self.allowed, self.state = None, GrammarState.LOST
+
+    def copy(self) -> Matcher:
+        return Matcher(self._matcher.deep_copy(), self._end)
+
+    @classmethod
+    def lost(cls) -> Matcher:
+        matcher = cls.__new__(cls)
+        matcher.allowed, matcher.state = None, GrammarState.LOST
+        return matcher
+
+    def _look(self) -> None:
+        mask = self._matcher.compute_bitmask()
+        bits = 0 if self._matcher.is_error() else int.from_bytes(mask, "little")
+        self.allowed = mask
+        if bits == 1 << self._end:
+            self.state = GrammarState.COMPLETE if self._matcher.is_accepting() else GrammarState.LOST
+        else:
+            self.state = GrammarState.OPEN if bits else GrammarState.LOST
+
+
+class Vocabulary:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Takes some 200 ms: the vocabulary as a tree of bytes."""
+        self._end = tokenizer.eos_token_id
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Words(tokenizer)))
+
+    def compile(self, grammar: str) -> Matcher:
+        """grammar: what one of LLMatcher.grammar_from_* returns. Raises GrammarError."""
+        compiled = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        if compiled.is_error():
+            raise GrammarError(compiled.get_error())
+        matcher = Matcher(compiled, self._end)
+        if matcher.state is GrammarState.LOST:
+            raise GrammarError("nothing matches it, or finding out takes too long")
+        return matcher
+
+
+class Grammars:
+    """A worker's grammars, the latest of them compiled."""
+
+    def __init__(self, load: Callable[[], Vocabulary]) -> None:
+        """load: runs in a thread from now on; the first grammar waits for it."""
+        thread = ThreadPoolExecutor(1)
+        self._vocabulary = thread.submit(load)
+        thread.shutdown(wait=False)
+        self._compiled: OrderedDict[str, Matcher] = OrderedDict()
+
+    def matcher(self, grammar: str, output: Sequence[int]) -> Matcher:
+        """At the place where `output` has led; lost, if the grammar cannot be compiled here after all."""
+        try:
+            matcher = self._latest(grammar).copy()
+        except GrammarError:
+            return Matcher.lost()
+        if output:
+            matcher.advance(output)
+        return matcher
+
+    def _latest(self, grammar: str) -> Matcher:
+        if grammar not in self._compiled:
+            self._compiled[grammar] = self._vocabulary.result().compile(grammar)
+            if len(self._compiled) > COMPILED_MAX:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return self._compiled[grammar]

@@ -1,0 +1,143 @@
+"""The process that compiles grammars, so that none can hurt anything else: each in a fork, with little time and memory.
+
+Started by the api process as `python -m server.engine.checker DIRECTORY VOCAB_SIZE EOS`; a line of JSON in, a line of
+JSON out. It ends when its input does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from llguidance import LLMatcher, regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+
+from model.errors import GrammarError
+from model.grammar import Vocabulary
+from model.tokenizer import read_tokenizer
+from server.engine.grammars import GrammarKind, GrammarSource, Verdict
+
+CPU_SECONDS = 0.3  # a worker will spend as much on it, once
+SECONDS = 0.8  # by the clock
+MEMORY_MAX = 1 << 30
+SHOWN = 200  # characters of the compiler's own words
+TOO_EXPENSIVE = "compiling it takes too long"
+
+
+def to_grammar(source: GrammarSource) -> str:
+    """Raises GrammarError, or whatever llguidance's converters raise."""
+    match source.kind:
+        case GrammarKind.JSON_SCHEMA:
+            return LLMatcher.grammar_from_json_schema(source.text, overrides=_json_options(source))
+        case GrammarKind.REGEX:
+            return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(_unanchored(source.text), 'dws')}/")
+        case GrammarKind.CHOICE:
+            words = "|".join(map(_literal, json.loads(source.text)))
+            return LLMatcher.grammar_from_lark(f"start: /{words}/")
+        case GrammarKind.GRAMMAR:
+            return LLMatcher.grammar_from_lark(any_to_lark(source.text))
+
+
+def _json_options(source: GrammarSource) -> Any:
+    """They have the last word over a schema's own x-guidance: what is not implemented is refused, never passed over."""
+    options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": source.whitespace}
+    if source.whitespace_pattern is not None:
+        options["whitespace_pattern"] = source.whitespace_pattern
+    return options
+
+
+def _unanchored(regex: str) -> str:
+    """The whole output has to match anyway."""
+    if regex.endswith("$") and (len(regex) - len(regex[:-1].rstrip("\\"))) % 2 == 1:
+        regex = regex[:-1]
+    return regex.removeprefix("^")
+
+
+def _literal(text: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+def judge(vocabulary: Vocabulary, source: GrammarSource) -> Verdict:
+    try:
+        grammar = to_grammar(source)
+        vocabulary.compile(grammar)
+    except GrammarError as error:
+        return Verdict(error=_reason(str(error)))
+    except Exception:  # of the converters, which have no error of their own
+        return Verdict(error="it is not well formed")
+    return Verdict(grammar=grammar)
+
+
+def _reason(said: str) -> str:
+    """The first line of what llguidance says, or the regex parser's verdict, without the regex."""
+    if "invalid regex" in said:
+        verdict = re.search(r"^error: ([\w ,-]+)", said, re.MULTILINE)
+        return verdict[1] if verdict else "it is not a regular expression that is supported"
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in said.partition("\n")[0][:SHOWN])
+
+
+def judge_apart(vocabulary: Vocabulary, source: GrammarSource) -> Verdict:
+    """In a fork, which may take its time and memory, or crash."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ours)
+        _as_child(vocabulary, source, theirs)
+    os.close(theirs)
+    try:
+        answer = _read(ours, time.monotonic() + SECONDS)
+    finally:
+        os.close(ours)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    try:
+        return msgspec.json.decode(answer, type=Verdict)
+    except msgspec.DecodeError:  # cut short: killed by us, or by its own limits
+        return Verdict(error=TOO_EXPENSIVE)
+
+
+def _as_child(vocabulary: Vocabulary, source: GrammarSource, pipe: int) -> None:
+    try:
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF ends it
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_MAX, MEMORY_MAX))
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno()
+        )  # a crash's last words are about the client's text
+        with os.fdopen(pipe, "wb") as stream:
+            stream.write(msgspec.json.encode(judge(vocabulary, source)))
+    finally:
+        os._exit(0)
+
+
+def _read(pipe: int, deadline: float) -> bytes:
+    """Until its end, or the deadline."""
+    parts = []
+    while select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        part = os.read(pipe, 1 << 16)
+        if not part:
+            break
+        parts.append(part)
+    return b"".join(parts)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the api process says when to end, by closing the pipe
+    directory, vocab_size, eos_token_id = sys.argv[1:]
+    vocabulary = Vocabulary(read_tokenizer(Path(directory), int(vocab_size), int(eos_token_id)))
+    for line in sys.stdin.buffer:
+        verdict = judge_apart(vocabulary, msgspec.json.decode(line, type=GrammarSource))
+        sys.stdout.buffer.write(msgspec.json.encode(verdict) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -34,6 +34,7 @@ class ScheduledChunk:
     first_block: int  # block_table[first_block:] = blocks, before the step runs
     blocks: list[int]
     samples: bool  # the chunk reaches the sequence's last token, and a next one is wanted
+    drafts: int = 0  # guesses of what follows that may be computed on top, and sampled after; there are blocks for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class StepPlan:
 
     @property
     def tokens(self) -> int:
+        """Known ones: how many guesses there are on top, the result says."""
         return sum(chunk.count for chunk in self.chunks)
 
 
@@ -73,5 +75,8 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
+    """Each chunk that samples has one token or, after guesses that were right, up to 1 + drafts of them in a row."""
+
     sampled: list[SampledToken] = field(default_factory=list)  # in the order of the chunks that sample
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    drafted: dict[int, int] = field(default_factory=dict)  # guesses made for a sequence, if any

@@ -1,0 +1,112 @@
+"""One sequence as the runner knows it, and how the tokens of many are laid end to end for the network.
+
+Knows nothing of networks, and nothing of why a sequence computes what it does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from model.batch import Batch
+from model.rng import uniforms
+from model.sampling_params import SamplingParams
+from model.sampling_row import SamplingRow
+from model.step import NewSequence, ScheduledChunk
+
+UNIFORMS_AHEAD = 64
+
+
+class Row:
+    """A sequence's tokens, block table and random numbers."""
+
+    __slots__ = ("_uniforms", "blocks", "length", "params", "prompt_length", "tokens")
+
+    def __init__(self, new: NewSequence, context: int, max_blocks: int) -> None:
+        known = [*new.prompt, *new.output]
+        self.tokens: npt.NDArray[np.int64] = np.zeros(context, dtype=np.int64)  # past `length`: guesses, or nothing
+        self.tokens[: len(known)] = known
+        self.length = len(known)
+        self.prompt_length = len(new.prompt)
+        self.params: SamplingParams = new.params
+        self.blocks: npt.NDArray[np.int32] = np.zeros(max_blocks, dtype=np.int32)
+        self._uniforms: dict[int, tuple[int, list[float]]] = {}  # word -> the first position, and the numbers from it
+
+    def take_blocks(self, chunk: ScheduledChunk) -> None:
+        self.blocks[chunk.first_block : chunk.first_block + len(chunk.blocks)] = chunk.blocks
+
+    def append(self, token: int) -> None:
+        if self.length < len(self.tokens):  # the last token of a full context is never fed back
+            self.tokens[self.length] = token
+        self.length += 1
+
+    def guess(self, tokens: list[int]) -> None:
+        """Lay down what may follow the known tokens."""
+        self.tokens[self.length : self.length + len(tokens)] = tokens
+
+    def sampling_row(self, guesses: int, eos_token_id: int, device: torch.device) -> SamplingRow:
+        """What decides the token that follows the known ones and so many guesses."""
+        position = self.length + guesses
+        params = self.params
+        return SamplingRow(
+            params=params,
+            uniform=0.0 if params.greedy else self._uniform(position),
+            coin=self._uniform(position, word=1) if params.xtc_probability > 0 else 0.0,
+            eos_token_id=eos_token_id,
+            prompt=torch.from_numpy(self.tokens[: self.prompt_length]).to(device),
+            output=torch.from_numpy(self.tokens[self.prompt_length : position]).to(device),
+            allowed=None,
+        )
+
+    def _uniform(self, position: int, word: int = 0) -> float:
+        """Number `word` of the position's own; drawn for many positions ahead, since most will be asked for."""
+        start, numbers = self._uniforms.get(word, (0, []))
+        if not start <= position < start + len(numbers):
+            start = position
+            numbers = uniforms(self.params.seed, self.params.choice, start, UNIFORMS_AHEAD, word).tolist()
+            self._uniforms[word] = start, numbers
+        return numbers[position - start]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens [start, start + count) of a row."""
+
+    row: Row
+    start: int
+    count: int
+
+
+def lay_out(spans: list[Span], block_size: int, device: torch.device) -> Batch:
+    total = sum(span.count for span in spans)
+    tokens = np.empty(total, dtype=np.int64)
+    positions = np.empty(total, dtype=np.int64)
+    slots = np.empty(total, dtype=np.int64)
+    starts = np.zeros(len(spans) + 1, dtype=np.int32)
+    width = max(-(-(span.start + span.count) // block_size) for span in spans)
+    tables = np.empty((len(spans), width), dtype=np.int32)
+    at = 0
+    for i, span in enumerate(spans):
+        row, end, stop = span.row, at + span.count, span.start + span.count
+        where = np.arange(span.start, stop)
+        tokens[at:end] = row.tokens[span.start : stop]
+        positions[at:end] = where
+        slots[at:end] = row.blocks[where // block_size].astype(np.int64) * block_size + where % block_size
+        tables[i] = row.blocks[:width]
+        starts[i + 1] = at = end
+
+    def place(array: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return Batch(
+        tokens=place(tokens),
+        positions=place(positions),
+        slots=place(slots),
+        query_starts=place(starts),
+        block_tables=place(tables),
+        spans=tuple((span.count, span.start + span.count) for span in spans),
+    )

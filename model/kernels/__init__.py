@@ -280,7 +280,7 @@ class PackedLinear:
         self._linear.panels = self._panels.data_ptr()
         call = _PackCall(ctypes.pointer(self._linear), weight.data_ptr(), *weight.stride())
         kernels.run_one(_Op.PACK, call, _Batch())
-        self._call = self.call(None, None, None, None)
+        self._call = _LinearCall(ctypes.pointer(self._linear))
         self._steps = _steps([(_Op.LINEAR, self._call)])
         self._batch = _Batch()
 
@@ -299,10 +299,10 @@ class PackedLinear:
         return out
 
     def call(
-        self, x: Tensor | None, out: Tensor | None, activation: Activation | None, residual: Tensor | None
+        self, x: Tensor, out: Tensor, *, activation: Activation | None = None, residual: Tensor | None = None
     ) -> _LinearCall:
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (x, residual, out)]
-        return _LinearCall(ctypes.pointer(self._linear), *pointers, _ACTIVATIONS[activation])
+        add = None if residual is None else residual.data_ptr()
+        return _LinearCall(ctypes.pointer(self._linear), x.data_ptr(), add, out.data_ptr(), _ACTIVATIONS[activation])
 
 
 class KernelNorm:
@@ -373,21 +373,21 @@ class KernelOps:
 # === The whole network in one call ===
 
 
-class LayerParts(Protocol):
-    """What `model.gpt2.Layer` is, made by KernelOps."""
+class Layer(Protocol):
+    """`model.gpt2.Layer`. Its parts were made by KernelOps."""
 
     @property
-    def norm_1(self) -> KernelNorm: ...
+    def norm_1(self) -> object: ...
     @property
-    def attend_in(self) -> PackedLinear: ...
+    def attend_in(self) -> object: ...
     @property
-    def attend_out(self) -> PackedLinear: ...
+    def attend_out(self) -> object: ...
     @property
-    def norm_2(self) -> KernelNorm: ...
+    def norm_2(self) -> object: ...
     @property
-    def mlp_in(self) -> PackedLinear: ...
+    def mlp_in(self) -> object: ...
     @property
-    def mlp_out(self) -> PackedLinear: ...
+    def mlp_out(self) -> object: ...
     @property
     def scale(self) -> float: ...
 
@@ -400,7 +400,7 @@ class Forward:
         kernels: Kernels,
         token_embedding: Tensor,
         position_embedding: Tensor,
-        layers: Sequence[LayerParts],
+        layers: Sequence[Layer],
         caches: Sequence[LayerCache],
         activation: Activation,
     ) -> None:
@@ -423,23 +423,33 @@ class Forward:
     def _record(self, rows: int) -> None:
         width = self._embeddings[0].shape[1]
         hidden, normed, mixed = (torch.empty(rows, width) for _ in range(3))
-        qkv, wide = torch.empty(rows, 3 * width), torch.empty(rows, self._layers[0].mlp_in.outputs)
+        qkv, wide = torch.empty(rows, 3 * width), torch.empty(rows, _linear(self._layers[0].mlp_in).outputs)
         calls: list[tuple[_Op, _Call]] = [(_Op.EMBED, _embed_call(*self._embeddings, hidden))]
         for layer, cache in zip(self._layers, self._caches, strict=True):
             attention = _AttentionCall(_kv(cache), qkv.data_ptr(), mixed.data_ptr(), layer.scale)
             calls += [
-                (_Op.NORM, layer.norm_1.call(hidden, normed)),
-                (_Op.LINEAR, layer.attend_in.call(normed, qkv, None, None)),
+                (_Op.NORM, _norm(layer.norm_1).call(hidden, normed)),
+                (_Op.LINEAR, _linear(layer.attend_in).call(normed, qkv)),
                 (_Op.WRITE_KV, attention),
                 (_Op.ATTENTION, attention),
-                (_Op.LINEAR, layer.attend_out.call(mixed, hidden, None, hidden)),
-                (_Op.NORM, layer.norm_2.call(hidden, normed)),
-                (_Op.LINEAR, layer.mlp_in.call(normed, wide, self._activation, None)),
-                (_Op.LINEAR, layer.mlp_out.call(wide, hidden, None, hidden)),
+                (_Op.LINEAR, _linear(layer.attend_out).call(mixed, hidden, residual=hidden)),
+                (_Op.NORM, _norm(layer.norm_2).call(hidden, normed)),
+                (_Op.LINEAR, _linear(layer.mlp_in).call(normed, wide, activation=self._activation)),
+                (_Op.LINEAR, _linear(layer.mlp_out).call(wide, hidden, residual=hidden)),
             ]
         self._hidden = hidden
         self._steps = _steps(calls)
         self._kept = calls, normed, mixed, qkv, wide  # the steps point into these
+
+
+def _linear(part: object) -> PackedLinear:
+    assert isinstance(part, PackedLinear)
+    return part
+
+
+def _norm(part: object) -> KernelNorm:
+    assert isinstance(part, KernelNorm)
+    return part
 
 
 # === Pointers ===

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.config import Activation
-from model.kernels import LEVELS, KernelOps, Kernels, KernelsUnavailableError, PackedLinear, Storage, load
-from model.kv_cache import LayerCache
+from model.batch import Batch
+from model.config import Activation, parse_config
+from model.gpt2 import GPT2
+from model.kernels import LEVELS, Forward, KernelOps, Kernels, KernelsUnavailableError, PackedLinear, Storage, load
+from model.kv_cache import KVCache, LayerCache
 from model.linear import activate
+from model.weights import expected_shapes
 
 ROWS = (1, 2, 3, 8, 31, 64, 128)
 SHAPES = ((768, 192), (3072, 64), (100, 77), (258, 33), (5, 1))  # (in, out)
@@ -126,10 +129,11 @@ def test_int8_of_zeros_is_the_bias(kernels: Kernels) -> None:
 @pytest.mark.parametrize("width", [768, 100, 7])
 def test_norm(kernels: Kernels, width: int) -> None:
     x, weight, bias = torch.randn(9, width) * 3 + 1, torch.randn(width), torch.randn(width)
-    found = kernels.norm(x, weight, bias, 1e-5)
+    norm = kernels.norm(weight, bias, 1e-5)
+    found = norm(x)
     expected = functional.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
-    assert torch.equal(kernels.norm(x[4:5], weight, bias, 1e-5), found[4:5])
+    assert torch.equal(norm(x[4:5]), found[4:5])
 
 
 def test_embed(kernels: Kernels) -> None:
@@ -164,7 +168,8 @@ class Sequences:
         starts = torch.tensor([0, *counts]).cumsum(0).int()
         tables = self.tables[[s for s, _, _ in chunks]].contiguous()
         kernels.write_kv(qkv, self.cache, slots)
-        out = kernels.attention(qkv, self.cache, positions, starts, tables, self.head_dim**-0.5)
+        batch = Batch(positions, positions, slots, starts, tables, ())
+        out = kernels.attention(qkv, self.cache, batch, self.head_dim**-0.5)
         return list(out.split(counts))
 
     def expected(self, s: int) -> Tensor:
@@ -214,6 +219,36 @@ def test_fp16_cache_holds_what_does_not_fit(kernels: Kernels) -> None:
     sequences.qkv[0][0, 32:] = 1e6  # a value no fp16 holds: the largest stands in, never an infinity
     (found,) = sequences.step(kernels, [(0, 0, 3)])
     assert found[0].tolist() == [65504.0] * 16
+
+
+# === The whole network in one call ===
+
+
+def make_network(ops: KernelOps) -> tuple[GPT2, KVCache]:
+    config = parse_config(
+        {"vocab_size": 61, "n_positions": 64, "n_embd": 40, "n_layer": 2, "n_head": 4, "eos_token_id": 60}
+    )
+    weights = {name: torch.randn(shape) / 8 for name, shape in expected_shapes(config).items()}
+    return GPT2(config, weights, ops), KVCache(config, 8, 16, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("storage", Storage)
+def test_one_call_is_layer_by_layer(kernels: Kernels, storage: Storage) -> None:
+    ops = KernelOps(kernels, storage)
+    network, cache = make_network(ops)
+    embeddings = network._token_embedding, network._position_embedding
+    forward = Forward(kernels, *embeddings, network._layers, cache.layers, network.config.activation)
+    tables = torch.tensor([[3, 1], [2, 5]], dtype=torch.int32)
+    for counts in ((3, 20), (1, 1), (16, 2)):  # the second step decodes, the third needs longer buffers
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        positions = torch.cat([torch.arange(count) for count in counts])
+        owners = torch.arange(2).repeat_interleave(torch.tensor(counts))
+        slots = tables[owners, positions // 16].long() * 16 + positions % 16
+        batch = Batch(torch.randint(61, positions.shape), positions, slots, starts, tables, ())
+        kernels.set_threads(2)
+        found = forward(batch).clone()
+        kernels.set_threads(1)
+        assert torch.equal(found, network.forward(batch, cache))
 
 
 # === Loading ===

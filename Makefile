@@ -43,3 +43,6 @@ format: dev
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+bench: dev  ## our server, and any PEERS="--peer NAME=URL", under the same load
+	$(BIN)/python -m benchmarks.serving $(if $(MODEL),--model $(MODEL)) $(PEERS)

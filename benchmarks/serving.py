@@ -1,0 +1,162 @@
+"""What a client sees of a server, beside its peers: `python -m benchmarks.serving --model DIR --peer NAME=URL …`.
+
+Starts our server, drives the same workloads through /v1/completions of each, round by round in turn, so that all see
+the same machine, and prints the median of the rounds and the ratio to each peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from benchmarks.load import Result, Server, closed_loop
+
+VOCABULARY = 50256
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    name: str
+    prompt: int  # tokens in
+    output: int  # tokens out
+    concurrency: int
+    requests: int
+
+
+def workloads(concurrencies: list[int]) -> list[Workload]:
+    chat = [Workload(f"128 in / 64 out, {c} streams", 128, 64, c, max(4, 2 * c)) for c in concurrencies]
+    return [
+        *chat,
+        Workload("900 in / 16 out, 4 streams", 900, 16, 4, 8),
+        Workload("16 in / 512 out, 1 stream", 16, 512, 1, 2),
+    ]
+
+
+def bodies(workload: Workload, seed: int) -> list[dict[str, Any]]:
+    """Random token ids, no two prompts alike, so that no cache can help."""
+    dice = random.Random(seed)
+    return [
+        {
+            "prompt": [dice.randrange(VOCABULARY) for _ in range(workload.prompt)],
+            "max_tokens": workload.output,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        for _ in range(workload.requests)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    seconds: float  # from the command to the ready line
+    resident_mib: float  # of all its processes, after the load
+
+
+@contextmanager
+def our_server(model: str | None, flags: list[str]) -> Iterator[tuple[Server, float, psutil.Process]]:
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "server.cli", "serve", *([model] if model else []), "--port", "0", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if found := re.search(r"Serving on (http://\S+),", line):
+                yield (
+                    Server("gpt2-server", f"{found[1]}/v1", ""),
+                    time.perf_counter() - began,
+                    psutil.Process(process.pid),
+                )
+                break
+        else:
+            raise SystemExit("our server did not start")
+    finally:
+        process.terminate()
+        process.wait(60)
+        process.stdout.close()
+
+
+def resident_mib(process: psutil.Process) -> float:
+    return sum(each.memory_info().rss for each in [process, *process.children(recursive=True)]) / (1 << 20)
+
+
+def measure(servers: list[Server], loads: list[Workload], rounds: int) -> dict[str, dict[str, list[Result]]]:
+    """By workload, by server: one result a round."""
+    results: dict[str, dict[str, list[Result]]] = {load.name: {s.name: [] for s in servers} for load in loads}
+    for server in servers:
+        asyncio.run(closed_loop(server, bodies(loads[0], seed=0)[:2], 2))  # warm
+    for turn in range(rounds):
+        for load in loads:
+            for server in servers:
+                result = asyncio.run(closed_loop(server, bodies(load, seed=turn + 1), load.concurrency))
+                results[load.name][server.name].append(result)
+    return results
+
+
+def table(results: dict[str, dict[str, list[Result]]]) -> str:
+    lines = [
+        "| workload | server | tokens/s | ours ÷ it | TTFT mean, ms | ITL median, ms | ITL p99, ms | failed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, by_server in results.items():
+        ours = median(result.tokens_per_second for result in by_server["gpt2-server"])
+        for server, rounds in by_server.items():
+            speed, ttft, itl, p99 = (
+                median(getattr(result, field) for result in rounds)
+                for field in ("tokens_per_second", "ttft_mean", "itl_median", "itl_p99")
+            )
+            failed = sum(result.failures for result in rounds)
+            ratio = "" if server == "gpt2-server" else f"{ours / speed:.2f}"
+            lines.append(
+                f"| {name} | {server} | {speed:.0f} | {ratio} "
+                f"| {1000 * ttft:.0f} | {1000 * itl:.1f} | {1000 * p99:.1f} | {failed} |"
+            )
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return f"{psutil.cpu_count()} cores, {model[1] if model else platform.processor()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint directory; default: the embedded model")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL", help="base URL with /v1")
+    parser.add_argument("--peer-model", default="gpt2", help="model name that peers are asked for")
+    parser.add_argument("--concurrency", default="1,8,32", help="streams, comma-separated")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="file for every result")
+    parser.add_argument("flags", nargs="*", help="after --: flags for our server")
+    arguments = parser.parse_args()
+    loads = workloads([int(each) for each in arguments.concurrency.split(",")])
+    with our_server(arguments.model, arguments.flags) as (ours, seconds, process):
+        peers = [Server(name, url, arguments.peer_model) for name, _, url in (p.partition("=") for p in arguments.peer)]
+        results = measure([ours, *peers], loads, arguments.rounds)
+        start = Start(seconds, resident_mib(process))
+    print(f"{machine()}; {time.strftime('%Y-%m-%d')}; median of {arguments.rounds} interleaved rounds; greedy\n")
+    print(table(results))
+    print(f"\nStart to ready: {start.seconds:.1f} s. Resident after the load: {start.resident_mib:.0f} MiB.")
+    if arguments.json:
+        plain = {load: {s: [asdict(r) for r in rs] for s, rs in by.items()} for load, by in results.items()}
+        arguments.json.write_text(
+            json.dumps({"machine": machine(), "start": asdict(start), "results": plain}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -73,8 +73,8 @@ def node_modules() -> Callable[..., Path]:
     return make
 
 
-def say(command: list[Any], where: Path | None = None) -> list[Any]:
+def say(command: list[Any], where: Path | None = None, timeout: float = 240) -> list[Any]:
     """What a script printed, one JSON value a line."""
-    result = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False, timeout=240)
+    result = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False, timeout=timeout)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads(line) for line in result.stdout.splitlines()]

@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from outside import environment
+
+__all__ = ["environment"]

@@ -6,18 +6,14 @@ Signals are ours: SIGTERM or SIGINT drains (no new work, running requests finish
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import uvicorn
-from fastapi import FastAPI
 
 from model.config import ModelConfig, read_config
 from model.errors import ConfigError
@@ -30,9 +26,11 @@ from server.app import create_app
 from server.checkpoint import Checkpoint, find_checkpoint
 from server.engine.admission import Admission
 from server.engine.engine import Engine
+from server.engine.grammars import GrammarChecker, checker_command
 from server.engine.observer import Observer
 from server.engine.supervisor import Supervisor
 from server.errors import Draining, EngineError
+from server.http import BACKLOG, HTTPServer, http_server
 from server.metrics import Metrics
 from server.settings import Settings
 from server.worker.messages import Ready, Start
@@ -40,17 +38,6 @@ from server.worker.messages import Ready, Start
 log = logging.getLogger(__name__)
 
 POLL = 0.02  # seconds between looks at whether a worker is ready, or a drain is done
-LAST_WORDS = 1  # seconds that answers which were cut short get to leave
-KEEP_ALIVE = 15  # seconds an idle connection is kept
-HEADER_BYTES_MAX = 32 << 10
-
-
-class HTTPServer(uvicorn.Server):
-    """uvicorn without its signal handlers."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +46,7 @@ class Service:
 
     engine: Engine
     supervisor: Supervisor
+    grammars: GrammarChecker
     http: HTTPServer
     listener: socket.socket
     shutdown_timeout: float
@@ -69,6 +57,7 @@ class Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, stop)
+        await self.grammars.start()
         http = asyncio.create_task(self.http.serve(sockets=[self.listener]))
         worker = asyncio.create_task(self.supervisor.run())
         announcing = asyncio.create_task(self._announce(announce))
@@ -85,6 +74,7 @@ class Service:
             status = await worker
             self.http.should_exit = True
             await http
+            await self.grammars.stop()
             stopped.cancel()
         return status
 
@@ -122,6 +112,8 @@ def build(settings: Settings) -> tuple[Service, ServedModel]:
     metrics = Metrics(served.name, __version__)
     admission = Admission(settings.max_num_queued_reqs, settings.max_num_queued_tokens)
     engine = Engine(tokenizer, admission, Observer(metrics))
+    directory = str(checkpoint.directory)
+    grammars = GrammarChecker(checker_command(directory, config.vocab_size, config.eos_token_id))
     app = create_app(
         engine=engine,
         tokenizer=tokenizer,
@@ -130,14 +122,16 @@ def build(settings: Settings) -> tuple[Service, ServedModel]:
         version=__version__,
         registry=metrics.registry,
         on_answer=metrics.answered,
+        grammars=grammars,
         keys=_keys(settings),
         cors_origins=settings.allowed_origins,
         playground=settings.playground,
     )
     service = Service(
         engine=engine,
-        supervisor=Supervisor(_start(settings, checkpoint, max_model_len), engine),
-        http=HTTPServer(_http_config(app)),
+        supervisor=Supervisor(_start(settings, checkpoint, config, max_model_len), engine),
+        grammars=grammars,
+        http=http_server(app, head_timeout=settings.head_timeout, keep_alive_timeout=settings.keep_alive_timeout),
         listener=_listen(settings.host, settings.port),
         shutdown_timeout=settings.shutdown_timeout,
     )
@@ -185,6 +179,7 @@ def _limits(settings: Settings, max_model_len: int, vocab_size: int) -> Limits:
         max_stop_length=settings.max_stop_length,
         max_logprobs=settings.max_logprobs,
         max_body_bytes=settings.max_body_bytes,
+        body_timeout=settings.body_timeout,
     )
 
 
@@ -192,7 +187,7 @@ def _keys(settings: Settings) -> dict[str, bytes]:
     return {} if settings.api_key is None else {"default": key_digest(settings.api_key.get_secret_value())}
 
 
-def _start(settings: Settings, checkpoint: Checkpoint, max_model_len: int) -> Start:
+def _start(settings: Settings, checkpoint: Checkpoint, config: ModelConfig, max_model_len: int) -> Start:
     return Start(
         model=str(checkpoint.directory),
         device=settings.device,
@@ -206,28 +201,27 @@ def _start(settings: Settings, checkpoint: Checkpoint, max_model_len: int) -> St
         prefix_caching=settings.enable_prefix_caching,
         kernels=settings.kernels,
         threads=settings.threads or len(os.sched_getaffinity(0)),
+        drafts=0 if settings.speculative_method == "off" else settings.num_speculative_tokens,
+        draft_model=_draft_model(settings.speculative_model, config, max_model_len),
     )
 
 
-def _http_config(app: FastAPI) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http="h11",  # bounded headers; httptools takes a header of any size
-        h11_max_incomplete_event_size=HEADER_BYTES_MAX,
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=LAST_WORDS,
-        backlog=2048,
-    )
+def _draft_model(name: str | None, config: ModelConfig, max_model_len: int) -> str | None:
+    """Its directory. Raises ModelError where it cannot guess for the model."""
+    if name is None:
+        return None
+    directory = find_checkpoint(name, None).directory
+    draft = read_config(directory)
+    if draft.vocab_size != config.vocab_size:
+        raise ConfigError(f"the speculative model has {draft.vocab_size} tokens, the model {config.vocab_size}")
+    if draft.n_positions < max_model_len:
+        raise ConfigError(f"the speculative model has {draft.n_positions} positions, fewer than {max_model_len}")
+    return str(directory)
 
 
 def _listen(host: str, port: int) -> socket.socket:
     """Bound before anything is loaded, so that a taken port is said at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=2048)
+    listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     listener.setblocking(False)
     return listener

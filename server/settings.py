@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     playground: bool = _flag("server", "serve the playground, a page to try the model, at /", True)
     allowed_origins: list[str] = _flag("server", "origins that CORS lets in; none by default", [])
     shutdown_timeout: float = _flag("server", "seconds running requests get to finish after SIGTERM", 30, ge=0, le=3600)
+    head_timeout: float = _flag("server", "seconds a request's head may take to arrive", 10, gt=0, le=600)
+    body_timeout: float = _flag("server", "seconds a request's body may take to arrive", 30, gt=0, le=3600)
+    keep_alive_timeout: float = _flag("server", "seconds an idle connection is kept", 15, gt=0, le=3600)
     log_level: Literal["debug", "info", "warning", "error"] = _flag("server", "how much to log", "info")
 
     # Engine
@@ -67,6 +70,16 @@ class Settings(BaseSettings):
     )
     block_size: int = _flag("engine", "tokens in one block of the KV cache", 16, ge=8, le=256)
     kv_cache_gib: float = _flag("engine", "upper bound of the KV cache, in GiB", 2.0, gt=0)
+    speculative_method: Literal["off", "ngram", "model"] = _flag(
+        "engine",
+        "guess tokens and verify many at a time: ngram looks them up in the text so far, model asks --speculative-model; "
+        "it changes no answer",
+        "off",
+    )
+    speculative_model: str | None = _flag(
+        "engine", "smaller model of the same vocabulary that guesses; a directory or a Hugging Face id", None
+    )
+    num_speculative_tokens: int = _flag("engine", "most tokens guessed at a time", 5, ge=1, le=32)
     enable_prefix_caching: bool = _flag("engine", "share the KV cache of equal prompt beginnings", True)
     kernels: Literal["auto", "off", "portable", "avx2", "avx512", "vnni"] = _flag(
         "engine", "C kernels for the CPU: auto, off (PyTorch alone), or an instruction set", "auto"
@@ -83,6 +96,12 @@ class Settings(BaseSettings):
     max_stop_strings: int = _flag("limits", "stop strings in one request", 16, ge=1, le=256)
     max_stop_length: int = _flag("limits", "characters in one stop string", 256, ge=1)
     max_body_bytes: int = _flag("limits", "bytes in one request body", 1 << 20, ge=1024)
+
+    @model_validator(mode="after")
+    def _check_speculation(self) -> Settings:
+        if (self.speculative_method == "model") != (self.speculative_model is not None):
+            raise ValueError("speculative_method model and a speculative_model need each other")
+        return self
 
 
 def flags(parser: argparse.ArgumentParser) -> None:

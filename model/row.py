@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch
+from model.grammar import Matcher
 from model.rng import uniforms
 from model.sampling_params import SamplingParams
 from model.sampling_row import SamplingRow
-from model.step import NewSequence, ScheduledChunk
+from model.step import GrammarState, NewSequence, ScheduledChunk
 
 UNIFORMS_AHEAD = 64
 
@@ -24,9 +25,10 @@ UNIFORMS_AHEAD = 64
 class Row:
     """A sequence's tokens, block table and random numbers."""
 
-    __slots__ = ("_uniforms", "blocks", "length", "params", "prompt_length", "tokens")
+    __slots__ = ("_uniforms", "blocks", "length", "matcher", "params", "prompt_length", "tokens")
 
-    def __init__(self, new: NewSequence, context: int, max_blocks: int) -> None:
+    def __init__(self, new: NewSequence, context: int, max_blocks: int, matcher: Matcher | None = None) -> None:
+        """matcher: of the sequence's grammar, where its output has led."""
         known = [*new.prompt, *new.output]
         self.tokens: npt.NDArray[np.int64] = np.zeros(context, dtype=np.int64)  # past `length`: guesses, or nothing
         self.tokens[: len(known)] = known
@@ -34,15 +36,21 @@ class Row:
         self.prompt_length = len(new.prompt)
         self.params: SamplingParams = new.params
         self.blocks: npt.NDArray[np.int32] = np.zeros(max_blocks, dtype=np.int32)
+        self.matcher = matcher
         self._uniforms: dict[int, tuple[int, list[float]]] = {}  # word -> the first position, and the numbers from it
 
     def take_blocks(self, chunk: ScheduledChunk) -> None:
         self.blocks[chunk.first_block : chunk.first_block + len(chunk.blocks)] = chunk.blocks
 
-    def append(self, token: int) -> None:
+    def append(self, token: int) -> GrammarState | None:
+        """Where it has led in the sequence's grammar."""
         if self.length < len(self.tokens):  # the last token of a full context is never fed back
             self.tokens[self.length] = token
         self.length += 1
+        if self.matcher is None:
+            return None
+        self.matcher.advance([token])
+        return self.matcher.state
 
     def guess(self, tokens: list[int]) -> None:
         """Lay down what may follow the known tokens."""
@@ -59,8 +67,16 @@ class Row:
             eos_token_id=eos_token_id,
             prompt=torch.from_numpy(self.tokens[: self.prompt_length]).to(device),
             output=torch.from_numpy(self.tokens[self.prompt_length : position]).to(device),
-            allowed=None,
+            allowed=self._allowed(device),
         )
+
+    def _allowed(self, device: torch.device) -> Tensor | None:
+        """(vocab,) bool."""
+        if self.matcher is None or self.matcher.allowed is None:
+            return None
+        packed = np.frombuffer(self.matcher.allowed, dtype=np.uint8)
+        bits = np.unpackbits(packed, count=self.matcher.vocab_size, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_)).to(device)
 
     def _uniform(self, position: int, word: int = 0) -> float:
         """Number `word` of the position's own; drawn for many positions ahead, since most will be asked for."""

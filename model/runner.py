@@ -10,32 +10,41 @@ import torch
 from torch import Tensor
 
 from model.gpt2 import GPT2
+from model.grammar import Grammars, Matcher
 from model.kv_cache import KVCache
 from model.row import Row, Span, lay_out
 from model.sampling import sample, token_logprobs
 from model.speculative import Drafter
-from model.step import PromptLogprobs, SampledToken, StepPlan, StepResult, TokenLogprobs
+from model.step import NewSequence, PromptLogprobs, SampledToken, StepPlan, StepResult, TokenLogprobs
 
 SCORED_ROWS = 64  # prompt scoring holds this many rows of logits at once, not prompt x vocabulary
 
 
 class Runner:
     def __init__(
-        self, model: GPT2, cache: KVCache, device: torch.device, max_model_len: int, drafter: Drafter | None = None
+        self,
+        model: GPT2,
+        cache: KVCache,
+        device: torch.device,
+        max_model_len: int,
+        drafter: Drafter | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
+        """grammars: needed once a sequence has one."""
         self._model = model
         self._cache = cache
         self._device = device
         self._context = max_model_len
         self._max_blocks = -(-max_model_len // cache.block_size)
         self._drafter = drafter
+        self._grammars = grammars
         self._rows: dict[int, Row] = {}
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         self.forget(plan.removed)
         for new in plan.added:
-            self._rows[new.id] = Row(new, self._context, self._max_blocks)
+            self._rows[new.id] = Row(new, self._context, self._max_blocks, self._matcher(new))
         for chunk in plan.chunks:
             self._rows[chunk.id].take_blocks(chunk)
         guesses = self._guesses(plan)
@@ -49,6 +58,12 @@ class Runner:
         drafted = {chunk.id: len(guessed) for chunk, guessed in zip(plan.chunks, guesses, strict=True) if guessed}
         return StepResult(self._sample(plan, pieces, guesses), scored, drafted)
 
+    def _matcher(self, new: NewSequence) -> Matcher | None:
+        if new.params.grammar is None:
+            return None
+        assert self._grammars is not None
+        return self._grammars.matcher(new.params.grammar, new.output)
+
     def forget(self, ids: list[int]) -> None:
         for id_ in ids:
             del self._rows[id_]
@@ -60,9 +75,12 @@ class Runner:
         if self._drafter is None:
             return [[] for _ in plan.chunks]
         guesses = self._drafter.draft(plan.chunks, self._rows)
-        for chunk, guessed in zip(plan.chunks, guesses, strict=True):
-            assert len(guessed) <= chunk.drafts
-            self._rows[chunk.id].guess(guessed)
+        for i, chunk in enumerate(plan.chunks):
+            row = self._rows[chunk.id]
+            assert len(guesses[i]) <= chunk.drafts
+            if row.matcher is not None:  # a grammar says what may follow known tokens alone
+                guesses[i] = []
+            row.guess(guesses[i])
         return guesses
 
     def _sample(self, plan: StepPlan, pieces: tuple[Tensor, ...], guesses: list[list[int]]) -> list[SampledToken]:
@@ -83,8 +101,8 @@ class Runner:
             own = [next(drawn) for _ in range(len(guessed) + 1)]
             right = next((i for i, guess in enumerate(guessed) if guess != own[i][0]), len(guessed))
             for token, scores in own[: right + 1]:
-                self._rows[chunk.id].append(token)
-                sampled.append(SampledToken(chunk.id, token, scores))
+                state = self._rows[chunk.id].append(token)
+                sampled.append(SampledToken(chunk.id, token, scores, state))
         return sampled
 
     def _score_prompts(self, plan: StepPlan, pieces: tuple[Tensor, ...]) -> list[PromptLogprobs]:

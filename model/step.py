@@ -10,6 +10,7 @@ the first step on): write a layer's keys and values for all chunks before any at
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from model.sampling_params import SamplingParams
 
@@ -57,11 +58,20 @@ class TokenLogprobs:
     top: list[tuple[int, float]]
 
 
+class GrammarState(Enum):
+    """Where a token has led in the sequence's grammar."""
+
+    OPEN = "open"
+    COMPLETE = "complete"  # matched, and nothing but the end can follow
+    LOST = "lost"  # a step took more than its limits, or nothing can follow although it is not matched
+
+
 @dataclass(frozen=True, slots=True)
 class SampledToken:
     id: int  # of the sequence
     token: int
     logprobs: TokenLogprobs | None = None
+    grammar: GrammarState | None = None  # None without a grammar
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ class Metrics:
         self.preemptions = self._counter("num_preemptions", "Sequences put back to waiting for want of blocks")
         self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self.drafted = self._counter("spec_decode_num_draft_tokens", "Guesses of speculative decoding")
+        self.accepted = self._counter("spec_decode_num_accepted_tokens", "Guesses that were right")
         self.worker_restarts = self._counter("worker_restarts", "Workers started in place of dead ones")
         # Latencies, from arrival.
         self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to a request's first token", LATENCY)

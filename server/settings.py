@@ -72,8 +72,8 @@ class Settings(BaseSettings):
     kv_cache_gib: float = _flag("engine", "upper bound of the KV cache, in GiB", 2.0, gt=0)
     speculative_method: Literal["off", "ngram", "model"] = _flag(
         "engine",
-        "guess tokens and verify many at a time: ngram looks them up in the text so far, model asks --speculative-model; "
-        "it changes no answer",
+        "guess tokens and verify many at a time: ngram looks them up in the text so far, "
+        "model asks --speculative-model; it changes no answer",
         "off",
     )
     speculative_model: str | None = _flag(

@@ -86,6 +86,8 @@ class Observer:
         metrics.kv_usage.set(stats.used_blocks / stats.num_blocks)
         metrics.heartbeat.set_to_current_time()
         metrics.preemptions.inc(stats.preemptions - (last.preemptions if last else 0))
+        metrics.drafted.inc(stats.drafted - (last.drafted if last else 0))
+        metrics.accepted.inc(stats.accepted - (last.accepted if last else 0))
         metrics.prefix_queries.inc(stats.prefix_queries - (last.prefix_queries if last else 0))
         metrics.prefix_hits.inc(stats.prefix_hits - (last.prefix_hits if last else 0))
         if stats.step_tokens:

@@ -10,14 +10,21 @@ import signal
 import socket
 import sys
 import time
+from math import prod
 from pathlib import Path
 
 import torch
 
+from model.config import read_config
 from model.errors import ModelError
+from model.gpt2 import GPT2
+from model.grammar import Grammars, Vocabulary
 from model.kv_cache import KVCache
 from model.loading import choose_device, choose_dtype, load_model
 from model.runner import Runner
+from model.speculative import Drafter, DraftModel, PromptLookup
+from model.tokenizer import read_tokenizer
+from model.weights import expected_shapes
 from server.worker.block_pool import BlockPool
 from server.worker.budget import BudgetController
 from server.worker.channel import WorkerChannel
@@ -34,6 +41,7 @@ from server.worker.messages import (
     ToWorker,
 )
 from server.worker.scheduler import Scheduler
+from server.worker.speculation import SpeculationController
 
 EXIT_CONFIG = 78
 PREFILL_LEAST = 16  # tokens of prompts a step may take, however many streams run and however slow the machine is
@@ -41,12 +49,19 @@ PREFILL_LEAST = 16  # tokens of prompts a step may take, however many streams ru
 
 class Worker:
     def __init__(
-        self, channel: WorkerChannel, scheduler: Scheduler, runner: Runner, budget: BudgetController | None
+        self,
+        channel: WorkerChannel,
+        scheduler: Scheduler,
+        runner: Runner,
+        budget: BudgetController | None = None,
+        speculation: SpeculationController | None = None,
     ) -> None:
+        """The controllers learn from the time of each step what the scheduler may hand out in the next."""
         self._channel = channel
         self._scheduler = scheduler
         self._runner = runner
         self._budget = budget
+        self._speculation = speculation
         self._stopping = False
 
     def loop(self) -> None:
@@ -78,11 +93,15 @@ class Worker:
         if plan is None:
             return False
         began = time.perf_counter()
-        outputs = self._scheduler.update(plan, self._runner.run(plan))
+        result = self._runner.run(plan)
+        outputs = self._scheduler.update(plan, result)
         seconds = time.perf_counter() - began
+        rows = plan.tokens + sum(result.drafted.values())
+        if self._speculation is not None:
+            self._speculation.observe(rows, seconds)
         if self._budget is not None:
-            self._scheduler.token_budget = self._budget.observe(plan.tokens, seconds)
-        self._report(outputs, seconds, plan.tokens)
+            self._scheduler.token_budget = self._budget.observe(rows, seconds)
+        self._report(outputs, seconds, rows)
         return True
 
     def _report(self, outputs: list[SequenceOutput], seconds: float, tokens: int) -> None:
@@ -97,22 +116,30 @@ def build(start: Start, channel: WorkerChannel) -> Worker:
     torch.set_num_threads(start.threads)
     device = choose_device(start.device)
     dtype = choose_dtype(start.dtype, device)
+    grammars = Grammars(lambda: _vocabulary(Path(start.model)))
     network, ops = load_model(Path(start.model), device, dtype, kernels=start.kernels)
+    draft = load_model(Path(start.draft_model), device, dtype, kernels=start.kernels)[0] if start.draft_model else None
+    networks = [network] if draft is None else [network, draft]
     num_blocks = pool_size(
         kv_cache_bytes=start.kv_cache_bytes,
-        bytes_per_token=network.config.kv_bytes_per_token(dtype.itemsize),
+        bytes_per_token=sum(each.config.kv_bytes_per_token(dtype.itemsize) for each in networks),
         block_size=start.block_size,
         max_num_seqs=start.max_num_seqs,
         max_model_len=start.max_model_len,
     )
     budget = _budget(start)
-    cache = KVCache(network.config, num_blocks, start.block_size, dtype, device)
+    cache, *draft_cache = [KVCache(each.config, num_blocks, start.block_size, dtype, device) for each in networks]
+    drafter: Drafter | None = None
+    if start.drafts:
+        drafter = PromptLookup() if draft is None else DraftModel(draft, draft_cache[0], device)
+    speculation = _speculation(start.drafts, networks)
     scheduler = Scheduler(
         BlockPool(num_blocks, start.block_size, enable_prefix_caching=start.prefix_caching),
         max_num_seqs=start.max_num_seqs,
         max_num_batched_tokens=start.max_num_batched_tokens if budget is None else budget.budget,
         max_model_len=start.max_model_len,
         eos_token_id=network.config.eos_token_id,
+        speculation=speculation,
     )
     channel.send(
         Ready(
@@ -122,7 +149,14 @@ def build(start: Start, channel: WorkerChannel) -> Worker:
             load_seconds=time.perf_counter() - began,
         )
     )
-    return Worker(channel, scheduler, Runner(network, cache, device, start.max_model_len), budget)
+    runner = Runner(network, cache, device, start.max_model_len, drafter=drafter, grammars=grammars)
+    return Worker(channel, scheduler, runner, budget, speculation)
+
+
+def _speculation(drafts: int, networks: list[GPT2]) -> SpeculationController | None:
+    """A drafter's step costs what it reads: its weights, next to the network's."""
+    weights = [sum(map(prod, expected_shapes(each.config).values())) for each in networks]
+    return SpeculationController(drafts, cost=sum(weights[1:]) / weights[0]) if drafts else None
 
 
 def _budget(start: Start) -> BudgetController | None:
@@ -130,6 +164,11 @@ def _budget(start: Start) -> BudgetController | None:
         return None
     smallest = start.max_num_seqs + PREFILL_LEAST
     return BudgetController(start.target_itl, smallest=smallest, largest=max(smallest, start.max_num_batched_tokens))
+
+
+def _vocabulary(directory: Path) -> Vocabulary:
+    config = read_config(directory)
+    return Vocabulary(read_tokenizer(directory, config.vocab_size, config.eos_token_id))
 
 
 def serve(channel: WorkerChannel) -> int:

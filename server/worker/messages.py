@@ -30,6 +30,8 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     prefix_caching: bool
     kernels: str
     threads: int
+    drafts: int = 0  # the longest run of guesses; 0 for none
+    draft_model: str | None = None  # the checkpoint that guesses; None looks them up in the text so far
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):
@@ -85,6 +87,8 @@ class Stats(msgspec.Struct, frozen=True):
     preemptions: int
     prefix_queries: int  # prompt tokens looked up
     prefix_hits: int  # prompt tokens found
+    drafted: int  # guesses that were put to the test
+    accepted: int  # guesses that were right
     step_seconds: float
     step_tokens: int
 

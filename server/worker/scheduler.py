@@ -14,18 +14,24 @@ freed while a plan uses them are then safe: whoever gets them writes them in a l
 may be found in the prefix cache as soon as the chunk that fills it is planned, even by a later chunk of the same plan,
 so that the n samples of one prompt start together and compute it once. Only full blocks are shared: the tail of a
 prompt, shorter than a block, is computed by each sibling, which costs less than copying blocks on write would in code.
+
+Guesses (speculative decoding) ride along with the chunks that sample, in what is left of the budget and of the free
+blocks once everything else has its share. Those that were right are computed tokens; the others never happened, and the
+blocks borrowed for them go back. Until that is known, the sequence is left out of further plans.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import replace
 from itertools import pairwise
 from operator import attrgetter
 
-from model.step import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
+from model.step import NewSequence, PromptLogprobs, SampledToken, ScheduledChunk, StepPlan, StepResult
 from server.worker.block_pool import BlockPool
 from server.worker.messages import Add, FinishReason, SequenceOutput, Stats
 from server.worker.sequence import Sequence, Status
+from server.worker.speculation import SpeculationController
 
 PREEMPTIONS_BEFORE_RESERVE = 3  # then it gets all the blocks it may ever need at once, and is left alone
 
@@ -44,6 +50,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_id: int,
         ageing_steps: int = 256,
+        speculation: SpeculationController | None = None,
     ) -> None:
         """Raises ValueError for numbers with which some sequence could never run."""
         capacity = pool.num_blocks * pool.block_size
@@ -57,9 +64,12 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_token_id = eos_token_id
         self.ageing_steps = ageing_steps
+        self._speculation = speculation
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.drafted = 0
+        self.accepted = 0
         self._steps = 0
         self._arrivals = 0
         self._sequences: dict[int, Sequence] = {}
@@ -109,7 +119,7 @@ class Scheduler:
             self._removed.append(sequence.id)
         self.pool.free(sequence.block_table)
         sequence.block_table = []
-        sequence.computed = 0
+        sequence.computed = sequence.drafting = sequence.borrowed = 0
         sequence.status = status
 
     # === A step ===
@@ -140,6 +150,8 @@ class Scheduler:
             budget -= chunks[-1].count
         if not chunks:
             return None
+        if self._speculation is not None:
+            self._allow_drafts(chunks, budget, self._speculation)
         self._steps += 1
         removed, self._removed = self._removed, []
         return StepPlan(removed=removed, added=added, chunks=chunks)
@@ -196,53 +208,81 @@ class Scheduler:
         start = sequence.computed
         sequence.computed += count
         samples = sequence.samples and sequence.computed == sequence.total
-        if self.pool.enable_prefix_caching:
-            full = min(sequence.computed, len(sequence.tokens)) // self.pool.block_size
-            if full > sequence.registered:
-                keys = sequence.leading_keys(full, self.pool.block_size)
-                for i in range(sequence.registered, full):
-                    self.pool.register(sequence.block_table[i], keys[i])
-                sequence.registered = full
+        self._register(sequence)
         sequence.in_flight += samples
         return ScheduledChunk(sequence.id, start, count, known_blocks, sequence.block_table[known_blocks:], samples)
+
+    def _register(self, sequence: Sequence) -> None:
+        """Let others find the blocks it has filled with known tokens."""
+        full = min(sequence.computed, len(sequence.tokens)) // self.pool.block_size
+        if self.pool.enable_prefix_caching and full > sequence.registered:
+            keys = sequence.leading_keys(full, self.pool.block_size)
+            for i in range(sequence.registered, full):
+                self.pool.register(sequence.block_table[i], keys[i])
+            sequence.registered = full
+
+    def _allow_drafts(self, chunks: list[ScheduledChunk], budget: int, speculation: SpeculationController) -> None:
+        """Let chunks that sample take guesses along, as far as budget and free blocks go: nobody yields to a guess."""
+        for i, chunk in enumerate(chunks):
+            sequence = self._sequences[chunk.id]
+            if not chunk.samples or sequence.in_flight > 1 or sequence.params.grammar is not None:
+                continue
+            known, table = len(sequence.tokens), sequence.block_table
+            wanted = speculation.length(sequence.acceptance, len(chunks))
+            if wanted == 0:
+                sequence.acceptance = speculation.rested(sequence.acceptance)
+            room = (len(table) + self.pool.num_free) * self.pool.block_size - known
+            drafts = min(wanted, budget, room, sequence.limit - known - 1)  # after each guess one more is sampled
+            if drafts > 0:
+                sequence.drafting = drafts
+                sequence.borrowed = max(self.pool.blocks_for(known + drafts) - len(table), 0)
+                borrowed = self.pool.allocate(sequence.borrowed)
+                table += borrowed
+                chunks[i] = replace(chunk, blocks=chunk.blocks + borrowed, drafts=drafts)
+                budget -= drafts
 
     # === What came of it ===
 
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
         """Take in a step's tokens and end what is at its end. What has been aborted meanwhile is passed over."""
-        sampled = iter(result.sampled)
+        sampled: dict[int, list[SampledToken]] = {}
+        for sample in result.sampled:
+            sampled.setdefault(sample.id, []).append(sample)
         scores = {rows.id: rows for rows in result.prompt_logprobs}
         outputs: list[SequenceOutput] = []
         for chunk in plan.chunks:
-            sample = next(sampled) if chunk.samples else None
             sequence = self._sequences.get(chunk.id)
             if sequence is None:
                 continue
-            finish = None
-            if sample is not None:
-                assert sample.id == chunk.id, "the runner's tokens are not in the order of the chunks"
-                sequence.in_flight -= 1
-                finish = sequence.append(sample.token)
-            elif not sequence.samples and chunk.start + chunk.count == sequence.prompt_length:
-                finish = FinishReason.LENGTH
             rows = _unseen(sequence, scores.get(chunk.id))
-            if sample is None and rows is None and finish is None:
+            if chunk.samples:
+                sequence.in_flight -= 1
+                if chunk.drafts:
+                    self._settle(sequence, result.drafted.get(chunk.id, 0), len(sampled[chunk.id]) - 1)
+                outputs += _told(sequence, sampled[chunk.id], rows)
+            elif not sequence.samples and chunk.start + chunk.count == sequence.prompt_length:
+                outputs.append(_output(sequence, None, rows, FinishReason.LENGTH))
+            elif rows is not None:
+                outputs.append(_output(sequence, None, rows, None))
+            else:
                 continue
-            cached_tokens, sequence.cached_tokens = sequence.cached_tokens, None
-            outputs.append(
-                SequenceOutput(
-                    id=chunk.id,
-                    token=None if sample is None else sample.token,
-                    logprobs=None if sample is None else sample.logprobs,
-                    prompt_logprobs=rows,
-                    finish=finish,
-                    stop_token=sequence.tokens[-1] if finish is FinishReason.STOP else None,
-                    cached_tokens=cached_tokens,
-                )
-            )
-            if finish is not None:
+            if outputs[-1].finish is not None:
                 self._end(sequence)
         return outputs
+
+    def _settle(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        """Guesses that were right are computed tokens now; the blocks that were lent to the others go back."""
+        assert self._speculation is not None
+        self.drafted += drafted
+        self.accepted += accepted
+        sequence.acceptance = self._speculation.learned(sequence.acceptance, drafted, accepted)
+        if sequence.status is Status.RUNNING:  # else its blocks are gone, and it computes these tokens again
+            sequence.computed += accepted
+            table = sequence.block_table
+            kept = max(self.pool.blocks_for(sequence.computed), len(table) - sequence.borrowed)
+            self.pool.free(table[kept:])
+            del table[kept:]
+        sequence.drafting = sequence.borrowed = 0
 
     # === The books ===
 
@@ -259,6 +299,8 @@ class Scheduler:
             preemptions=self.preemptions,
             prefix_queries=self.prefix_queries,
             prefix_hits=self.prefix_hits,
+            drafted=self.drafted,
+            accepted=self.accepted,
             step_seconds=step_seconds,
             step_tokens=step_tokens,
         )
@@ -280,6 +322,32 @@ class Scheduler:
 def _for_runner(sequence: Sequence) -> NewSequence:
     prompt, output = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
     return NewSequence(sequence.id, prompt, output, sequence.params)
+
+
+def _told(sequence: Sequence, samples: list[SampledToken], rows: PromptLogprobs | None) -> list[SequenceOutput]:
+    """Append a step's tokens, up to the one that ends the sequence, if any does."""
+    outputs: list[SequenceOutput] = []
+    for sample in samples:
+        outputs.append(_output(sequence, sample, rows, sequence.append(sample.token, sample.grammar)))
+        rows = None
+        if outputs[-1].finish is not None:
+            break
+    return outputs
+
+
+def _output(
+    sequence: Sequence, sample: SampledToken | None, rows: PromptLogprobs | None, finish: FinishReason | None
+) -> SequenceOutput:
+    cached_tokens, sequence.cached_tokens = sequence.cached_tokens, None
+    return SequenceOutput(
+        id=sequence.id,
+        token=None if sample is None else sample.token,
+        logprobs=None if sample is None else sample.logprobs,
+        prompt_logprobs=rows,
+        finish=finish,
+        stop_token=sequence.stop_token if finish is FinishReason.STOP else None,
+        cached_tokens=cached_tokens,
+    )
 
 
 def _unseen(sequence: Sequence, scores: PromptLogprobs | None) -> PromptLogprobs | None:

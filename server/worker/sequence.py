@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from model.sampling_params import SamplingParams
+from model.step import GrammarState
 from server.worker.block_pool import BlockKey, block_keys, root_digest
 from server.worker.messages import Add, FinishReason
+from server.worker.speculation import FIRST_ACCEPTANCE
 
 
 class Status(Enum):
@@ -38,6 +40,9 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     keys: list[BlockKey] = field(default_factory=list)  # of its leading full blocks, as far as was asked for
     registered: int = 0  # leading blocks known to the prefix index
+    drafting: int = 0  # guesses that a plan in flight may add: until it is known which are right, nothing is planned
+    borrowed: int = 0  # blocks at the end of the table that it holds for these guesses alone
+    acceptance: float = FIRST_ACCEPTANCE  # how likely a guess is right
     preemptions: int = 0
     scored: int = 0  # prompt positions before it need no logprobs row (any more)
     cached_tokens: int | None = None  # prompt tokens found cached at first admission; told once, then None
@@ -66,7 +71,7 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens still to be computed. The last token a sequence may have is never computed: nothing follows it."""
         total = len(self.tokens) + self.in_flight
-        return 0 if self.in_flight and total >= self.limit else total - self.computed
+        return 0 if self.drafting or (self.in_flight and total >= self.limit) else total - self.computed
 
     @property
     def samples(self) -> bool:
@@ -81,12 +86,20 @@ class Sequence:
         """
         return self.total - 1 if self.scored >= self.prompt_length else self.scored - 1
 
-    def append(self, token: int) -> FinishReason | None:
-        """Take the next token; say whether it is the last."""
+    def append(self, token: int, grammar: GrammarState | None = None) -> FinishReason | None:
+        """Take the next token, and where it has led in the grammar; say whether it is the last."""
         self.tokens.append(token)
+        if grammar is GrammarState.COMPLETE:
+            return FinishReason.STOP
         if token in self.stop_tokens and len(self.tokens) - self.prompt_length > self.params.min_tokens:
             return FinishReason.STOP
-        return FinishReason.LENGTH if len(self.tokens) >= self.limit else None
+        cut = len(self.tokens) >= self.limit or grammar is GrammarState.LOST
+        return FinishReason.LENGTH if cut else None
+
+    @property
+    def stop_token(self) -> int | None:
+        """The last token, if it is one that ends a sequence; a grammar may end it with any."""
+        return self.tokens[-1] if self.tokens[-1] in self.stop_tokens else None
 
     def leading_keys(self, count: int, block_size: int) -> list[BlockKey]:
         """The keys of the first `count` blocks, all of them full of known tokens."""

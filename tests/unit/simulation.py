@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from random import Random
 
 from model.sampling_params import SamplingParams
 from model.step import (
@@ -22,6 +23,7 @@ from model.step import (
 from server.worker.block_pool import BlockPool
 from server.worker.messages import Add, FinishReason, SequenceOutput
 from server.worker.scheduler import PREEMPTIONS_BEFORE_RESERVE, Scheduler
+from server.worker.speculation import SpeculationController
 
 EOS = 0
 VOCABULARY = 12
@@ -55,6 +57,7 @@ class FakeRunner:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
+        self.guessing = Random(1)
         self.cache = [[-1] * block_size for _ in range(num_blocks)]
         self.rows: dict[int, Row] = {}
         self.salts: dict[int, bytes] = {}  # a real runner does not know them
@@ -67,6 +70,7 @@ class FakeRunner:
             self.rows[new.id] = self._row(new)
         sampled: list[SampledToken] = []
         scored: list[PromptLogprobs] = []
+        drafted: dict[int, int] = {}
         for chunk in plan.chunks:
             row = self.rows[chunk.id]
             assert 0 <= chunk.first_block <= len(row.blocks)
@@ -78,10 +82,26 @@ class FakeRunner:
                 scored.append(PromptLogprobs(chunk.id, chunk.start + 1, rows))
             if chunk.samples:
                 assert chunk.start + chunk.count == len(row.tokens)
-                token = next_token(row.past[-1], row.params)
-                row.append(token)
-                sampled.append(SampledToken(chunk.id, token))
-        return StepResult(sampled=sampled, prompt_logprobs=scored)
+                drafted[chunk.id] = self._guess(chunk, row)
+                right = 0 if drafted[chunk.id] == 0 else self.guessing.randint(0, drafted[chunk.id])
+                for _ in range(1 + right):
+                    token = next_token(row.past[-1], row.params)
+                    row.append(token)
+                    sampled.append(SampledToken(chunk.id, token))
+                self._keep(row, right)
+        return StepResult(sampled=sampled, prompt_logprobs=scored, drafted=drafted)
+
+    def _guess(self, chunk: ScheduledChunk, row: Row) -> int:
+        """As many guesses as it pleases, at most those allowed; all wrong until `_keep` says otherwise."""
+        count = self.guessing.randint(0, chunk.drafts) if chunk.drafts else 0
+        for position in range(len(row.tokens), len(row.tokens) + count):
+            self.cache[row.blocks[position // self.block_size]][position % self.block_size] = -2
+        return count
+
+    def _keep(self, row: Row, right: int) -> None:
+        """The guesses that were right have been computed; the very last token has not."""
+        for position in range(len(row.tokens) - 1 - right, len(row.tokens) - 1):
+            self.cache[row.blocks[position // self.block_size]][position % self.block_size] = row.past[position + 1]
 
     def _row(self, new: NewSequence) -> Row:
         row = Row([], len(new.prompt), new.params, [int.from_bytes(self.salts[new.id], "big") + 7])
@@ -144,6 +164,7 @@ class Simulation:
         ageing_steps: int = 8,
         caching: bool = True,
         depth: int = 1,
+        speculation: SpeculationController | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching=caching)
         self.scheduler = Scheduler(
@@ -153,6 +174,7 @@ class Simulation:
             max_model_len=max_model_len,
             eos_token_id=EOS,
             ageing_steps=ageing_steps,
+            speculation=speculation,
         )
         self.runner = FakeRunner(num_blocks, block_size)
         self.depth = depth
@@ -237,7 +259,8 @@ class Simulation:
         assert ids, "an empty plan"
         assert len(set(ids)) == len(ids)
         assert self.running.issuperset(ids)
-        assert plan.tokens <= self.scheduler.token_budget
+        assert plan.tokens + sum(chunk.drafts for chunk in plan.chunks) <= self.scheduler.token_budget
+        assert all(chunk.samples or not chunk.drafts for chunk in plan.chunks)
         assert all(chunk.count > 0 for chunk in plan.chunks)
         assert len(self.running) <= self.scheduler.max_num_seqs
         assert self.running <= self.live.keys()

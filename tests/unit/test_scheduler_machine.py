@@ -13,6 +13,7 @@ from simulation import Simulation, alone
 
 from model.sampling_params import SamplingParams
 from server.worker.messages import Add
+from server.worker.speculation import SpeculationController
 
 SHARED = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4]  # prompts are its beginnings
 MAX_MODEL_LEN = 40
@@ -52,6 +53,7 @@ def new_simulation(random: Random) -> Simulation:
         ageing_steps=random.choice([1, 4, 20]),
         caching=random.random() < 0.8,
         depth=random.choice([1, 1, 2, 3]),
+        speculation=SpeculationController(random.choice([1, 3, 8]), cost=0.0) if random.random() < 0.5 else None,
     )
 
 
@@ -59,6 +61,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     operations: ClassVar[int] = 0
     preemptions: ClassVar[int] = 0
     hits: ClassVar[int] = 0
+    accepted: ClassVar[int] = 0
 
     @initialize(random=st.randoms(use_true_random=True))
     def start(self, random: Random) -> None:
@@ -101,10 +104,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             SchedulerMachine.operations += self.sim.operations
             SchedulerMachine.preemptions += self.sim.scheduler.preemptions
             SchedulerMachine.hits += self.sim.scheduler.prefix_hits
+            SchedulerMachine.accepted += self.sim.scheduler.accepted
 
 
 def run_machine(examples: int, at_least: int) -> None:
-    SchedulerMachine.operations = SchedulerMachine.preemptions = SchedulerMachine.hits = 0
+    SchedulerMachine.operations = SchedulerMachine.preemptions = SchedulerMachine.hits = SchedulerMachine.accepted = 0
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
@@ -114,6 +118,7 @@ def run_machine(examples: int, at_least: int) -> None:
     assert SchedulerMachine.operations >= at_least
     assert SchedulerMachine.preemptions > at_least / 2000, "the pools were never short"
     assert SchedulerMachine.hits > at_least / 100, "nothing was shared"
+    assert SchedulerMachine.accepted > at_least / 100, "no guess was right"
 
 
 def test_every_promise_holds_over_100_000_operations() -> None:

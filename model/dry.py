@@ -7,8 +7,9 @@ back no further than the last breaker; the penalty is multiplier x base ^ (lengt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 LOG_FLOAT_MAX = 88.7228391  # beyond it base ** exponent is no float32
 
@@ -45,11 +46,17 @@ def _penalty(excess: int, params: DryParams) -> float:
     return float(params.multiplier * params.base**excess)
 
 
-def _since_breaker(window: Sequence[int], breakers: Iterable[tuple[int, ...]]) -> int:
-    """How many tokens follow the last breaker, all of them where there is none."""
-    by_head: dict[int, list[tuple[int, ...]]] = {}
+@lru_cache(64)
+def _by_head(breakers: tuple[tuple[int, ...], ...]) -> dict[int, list[tuple[int, ...]]]:
+    heads: dict[int, list[tuple[int, ...]]] = {}
     for breaker in breakers:
-        by_head.setdefault(breaker[0], []).append(breaker)
+        heads.setdefault(breaker[0], []).append(breaker)
+    return heads
+
+
+def _since_breaker(window: Sequence[int], breakers: tuple[tuple[int, ...], ...]) -> int:
+    """How many tokens follow the last breaker, all of them where there is none."""
+    by_head = _by_head(breakers)
     for after in range(len(window)):  # tokens that follow the one looked at
         at = len(window) - 1 - after
         ends = [

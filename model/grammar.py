@@ -9,29 +9,23 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from enum import Enum
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from model.errors import GrammarError
+from model.step import GrammarState
 from model.tokenizer import Tokenizer
 
-# Work that compiling a grammar, or one step of it, may take: some 10 ms each, beyond which it is refused or given up.
+# Work that compiling a grammar, or one step of it, may take: tens of ms, beyond which it is refused or given up.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
-    step_lexer_fuel=150_000,
+    step_lexer_fuel=500_000,
     step_max_items=50_000,
     max_lexer_states=30_000,
     max_grammar_size=200_000,
     verbose_errors=False,
 )
 COMPILED_MAX = 32
-
-
-class GrammarState(Enum):
-    OPEN = "open"
-    COMPLETE = "complete"  # matched, and nothing but the end can follow
-    LOST = "lost"  # a step took more than its limits, or nothing can follow although it is not matched
 
 
 class _Words:
@@ -52,13 +46,14 @@ class _Words:
 class Matcher:
     """Where one output is in its grammar. `allowed` has a bit for each token, least significant first, or is None."""
 
-    __slots__ = ("_end", "_matcher", "allowed", "state")
+    __slots__ = ("_end", "_matcher", "allowed", "state", "vocab_size")
 
     allowed: bytes | None
     state: GrammarState
 
-    def __init__(self, matcher: LLMatcher, end: int) -> None:
+    def __init__(self, matcher: LLMatcher, end: int, vocab_size: int) -> None:
         """end: the EOS token, allowed where the grammar is matched."""
+        self.vocab_size = vocab_size
         self._matcher = matcher
         self._end = end
         self._look()
@@ -72,7 +67,7 @@ class Matcher:
             self.allowed, self.state = None, GrammarState.LOST
 
     def copy(self) -> Matcher:
-        return Matcher(self._matcher.deep_copy(), self._end)
+        return Matcher(self._matcher.deep_copy(), self._end, self.vocab_size)
 
     @classmethod
     def lost(cls) -> Matcher:
@@ -101,7 +96,7 @@ class Vocabulary:
         compiled = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
         if compiled.is_error():
             raise GrammarError(compiled.get_error())
-        matcher = Matcher(compiled, self._end)
+        matcher = Matcher(compiled, self._end, self._tokenizer.vocab_size)
         if matcher.state is GrammarState.LOST:
             raise GrammarError("nothing matches it, or finding out takes too long")
         return matcher

@@ -118,5 +118,6 @@ def _exclude_top_choices(values: Tensor, ids: Tensor, row: SamplingRow) -> tuple
     params = row.params
     if row.coin >= params.xtc_probability or params.xtc_threshold > XTC_THRESHOLD_MAX:
         return values, ids
-    first = max(0, int((values >= params.xtc_threshold * values.sum()).sum()) - 1)
+    reaching = (values > 0) & (values >= params.xtc_threshold * values.sum())
+    first = max(0, int(reaching.sum()) - 1)
     return values[first:], ids[first:]

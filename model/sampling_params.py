@@ -35,6 +35,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()  # no output holds one of these runs of tokens
     dry: DryParams | None = None
+    grammar: str | None = None  # for model.grammar: the output matches it where it ends by itself
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # 0 is on: the sampled token's alone

@@ -19,10 +19,12 @@ from server.api.limits import Limits
 from server.api.middleware import AnswerHook, AnswerMiddleware
 from server.api.models import ServedModel, model_routes
 from server.api.ops import ops_routes
+from server.api.phrases import Phrases
 from server.api.playground import FILES as PLAYGROUND_FILES
 from server.api.playground import playground_routes
 from server.api.schemas import ErrorAnswer
 from server.api.tokenize import tokenize_routes
+from server.engine.grammars import GrammarChecker
 from server.engine.output import TokenTexts
 from server.engine.request import GenerationEngine
 from server.errors import ServerError
@@ -56,6 +58,7 @@ def create_app(
     version: str,
     registry: CollectorRegistry,
     on_answer: AnswerHook,
+    grammars: GrammarChecker | None = None,
     keys: Mapping[str, bytes] | None = None,
     cors_origins: Sequence[str] = (),
     playground: bool = False,
@@ -64,7 +67,14 @@ def create_app(
     app = FastAPI(title="gpt2-server", version=version, docs_url=None, redoc_url=None, responses=ERRORS)
     texts, running = TokenTexts(tokenizer), set[str]()
     service = CompletionService(
-        engine=engine, tokenizer=tokenizer, model=model, limits=limits, texts=texts, running=running
+        engine=engine,
+        tokenizer=tokenizer,
+        model=model,
+        limits=limits,
+        texts=texts,
+        running=running,
+        phrases=Phrases(tokenizer),
+        grammars=grammars,
     )
     app.include_router(completion_routes(service))
     app.include_router(model_routes(model))

@@ -13,12 +13,13 @@ import secrets
 import string
 import time
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.auth import Caller, caller_of
 from server.api.body import ClientGone, read_body, until_gone
@@ -26,10 +27,13 @@ from server.api.errors import INTERNAL, error_object
 from server.api.limits import Limits
 from server.api.models import ServedModel
 from server.api.parsing import CompletionRequest, parse_completion
+from server.api.phrases import Phrases
 from server.api.prompts import encode, fit
 from server.api.rendering import ChoiceCollector, ChoiceOptions, ChunkRenderer, Envelope, usage_json
 from server.api.schemas import CompletionAnswer, completion_schema
 from server.api.sse import DONE, EventStream, event
+from server.api.unsupported import refusal
+from server.engine.grammars import GrammarChecker
 from server.engine.output import TokenTexts
 from server.engine.request import Generation, GenerationEngine, GenerationRequest, Prompt
 from server.errors import ServerError
@@ -48,6 +52,8 @@ class CompletionService:
     limits: Limits
     texts: TokenTexts
     running: set[str]  # ids of the calls being answered; /load counts them
+    phrases: Phrases
+    grammars: GrammarChecker | None  # None where the vocabulary is not one of bytes
 
     async def answer(self, request: Request, engine_name: str | None) -> Response:
         """Raises ServerError or ClientGone before the answer's first byte; never after."""
@@ -56,7 +62,8 @@ class CompletionService:
         asked = parse_completion(raw, self.limits)
         name = self.model.resolve(asked.body.model) if engine_name is None else self.model.resolve_engine(engine_name)
         prompts = await encode(asked.prompts, self.tokenizer, self._keep_last(asked))
-        call = self._call(asked, prompts, caller_of(request.scope))
+        params = fit(prompts, asked.body.max_tokens, await self._params(asked), self.limits)
+        call = self._call(asked, prompts, params, caller_of(request.scope))
         generation = self.engine.submit(call)
         public_id = call.id if asked.body.request_id is None else f"cmpl-{asked.body.request_id}"
         envelope = Envelope(id=public_id, created=created, model=name, fingerprint=self.model.fingerprint)
@@ -76,12 +83,23 @@ class CompletionService:
         keep = asked.body.truncate_prompt_tokens
         return max(1, self.limits.max_model_len - asked.params.max_tokens) if keep == -1 else keep
 
-    def _call(self, asked: CompletionRequest, prompts: list[Prompt], caller: Caller) -> GenerationRequest:
+    async def _params(self, asked: CompletionRequest) -> SamplingParams:
+        """With what needs the vocabulary. Raises InvalidRequest or Overloaded."""
+        params = await self.phrases.resolve(asked.params, asked.body)
+        if asked.structure is None:
+            return params
+        if self.grammars is None:
+            raise refusal(asked.structure.param)
+        return replace(params, grammar=await self.grammars.compile(asked.structure))
+
+    def _call(
+        self, asked: CompletionRequest, prompts: list[Prompt], params: SamplingParams, caller: Caller
+    ) -> GenerationRequest:
         body = asked.body
         return GenerationRequest(
             id="cmpl-" + "".join(secrets.choice(ID_ALPHABET) for _ in range(28)),
             prompts=prompts,
-            params=fit(prompts, body.max_tokens, asked.params, self.limits),
+            params=params,
             n=body.n,
             best_of=asked.best_of,
             stop=asked.stop,

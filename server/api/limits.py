@@ -17,5 +17,8 @@ class Limits:
     max_stop_length: int = 256  # characters
     max_logprobs: int = 20
     max_logit_bias: int = 1024  # entries
+    max_bad_words: int = 128  # each as long as a stop string may be
+    max_breakers: int = 16  # of dry
+    max_breaker_length: int = 40  # bytes
     max_body_bytes: int = 1 << 20
     body_timeout: float = 30.0  # seconds from the first look at a body to its last byte

@@ -14,11 +14,14 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from model.dry import DryParams
 from model.sampling_params import SamplingParams
 from server.api.limits import Limits
 from server.api.prompts import DEFAULT_MAX_TOKENS, RawPrompt, read_ids, read_prompts
 from server.api.schemas import INT64_MAX, CompletionBody, StreamOptions, Wire
+from server.api.structured import read_structure
 from server.api.unsupported import KNOWN, refuse_unsupported
+from server.engine.grammars import GrammarSource
 from server.errors import InvalidRequest
 
 NOT_JSON = (
@@ -40,6 +43,7 @@ EXPECTED = {
     "model_type": "an object",
 }
 BOUNDS = {
+    "greater_than": ("gt", "below minimum value", ">", "below_min_value"),
     "greater_than_equal": ("ge", "below minimum value", ">=", "below_min_value"),
     "less_than_equal": ("le", "above maximum value", "<=", "above_max_value"),
 }
@@ -54,7 +58,8 @@ class CompletionRequest:
 
     body: CompletionBody
     prompts: tuple[RawPrompt, ...]
-    params: SamplingParams  # max_tokens is not yet fitted to the context
+    params: SamplingParams  # not yet fitted to the context, and without what needs the tokenizer or a compiler
+    structure: GrammarSource | None  # what the answer has to match
     best_of: int
     stop: tuple[str, ...]
     stream_options: StreamOptions
@@ -71,10 +76,14 @@ def parse_completion(raw: bytes, limits: Limits) -> CompletionRequest:
     prompts = read_prompts(body.prompt, limits)
     best_of = _check_choices(body, len(prompts), limits)
     _check_together(body, best_of, limits)
+    structure = read_structure(fields)
+    if structure is not None and body.ignore_eos:
+        raise InvalidRequest(f"'ignore_eos' and '{structure.param}' cannot be given together.", "ignore_eos")
     return CompletionRequest(
         body=body,
         prompts=prompts,
         params=_sampling_params(body, limits),
+        structure=structure,
         best_of=best_of,
         stop=stop,
         stream_options=body.stream_options or StreamOptions(),
@@ -168,6 +177,8 @@ def _bound_sizes(fields: Mapping[str, Any], limits: Limits) -> None:
     for name in ("stop_token_ids", "allowed_token_ids"):
         _bound_size(name, fields.get(name), limits.vocab_size)
     _bound_size("stop", fields.get("stop"), limits.max_stop_strings)
+    _bound_size("bad_words", fields.get("bad_words"), limits.max_bad_words)
+    _bound_size("dry_sequence_breakers", fields.get("dry_sequence_breakers"), limits.max_breakers)
 
 
 def _bound_size(name: str, value: Any, most: int) -> None:
@@ -247,8 +258,17 @@ def _check_together(body: CompletionBody, best_of: int, limits: Limits) -> None:
         raise InvalidRequest("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
     if body.allowed_token_ids is not None and not body.allowed_token_ids:
         raise InvalidRequest("'allowed_token_ids' must not be empty.", "allowed_token_ids")
+    _check_lengths("bad_words", body.bad_words, limits.max_stop_length)
+    _check_lengths("dry_sequence_breakers", body.dry_sequence_breakers, limits.max_breaker_length)
     if body.truncate_prompt_tokens == 0:
         raise InvalidRequest("'truncate_prompt_tokens' must be -1 or at least 1.", "truncate_prompt_tokens")
+
+
+def _check_lengths(name: str, texts: list[str], most: int) -> None:
+    if any(len(text.encode()) > most for text in texts):
+        raise InvalidRequest(
+            f"Invalid '{name}': each can be {most} bytes long at most.", name, "string_above_max_length"
+        )
 
 
 def _sampling_params(body: CompletionBody, limits: Limits) -> SamplingParams:
@@ -262,6 +282,10 @@ def _sampling_params(body: CompletionBody, limits: Limits) -> SamplingParams:
         top_p=body.top_p,
         top_k=min(body.top_k, limits.vocab_size) if body.top_k > 0 else None,
         min_p=body.min_p,
+        typical_p=body.typical_p,
+        xtc_probability=body.xtc_probability,
+        xtc_threshold=body.xtc_threshold,
+        dry=_dry_params(body),
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=body.repetition_penalty,
@@ -271,6 +295,17 @@ def _sampling_params(body: CompletionBody, limits: Limits) -> SamplingParams:
         ignore_eos=body.ignore_eos,
         logprobs=body.logprobs,
         prompt_logprobs=max(scored, default=None),
+    )
+
+
+def _dry_params(body: CompletionBody) -> DryParams | None:
+    if body.dry_multiplier == 0 or body.dry_penalty_last_n == 0:
+        return None
+    return DryParams(
+        multiplier=body.dry_multiplier,
+        base=body.dry_base,
+        allowed_length=body.dry_allowed_length,
+        last_n=None if body.dry_penalty_last_n == -1 else body.dry_penalty_last_n,
     )
 
 

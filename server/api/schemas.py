@@ -30,9 +30,31 @@ _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems":
 Prompts = Annotated[
     Any, WithJsonSchema({"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]})
 ]
-Stops = Annotated[
-    Any, WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {**_TEXTS, "minItems": 0}]})
-]
+Stops = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {**_TEXTS, "minItems": 0}]})]
+
+_OBJECT = {"type": "object"}
+_TEXT = {"type": "string", "minLength": 1}
+_WORDS = {"type": "array", "items": _TEXT, "minItems": 1}
+_SCHEMA = {"anyOf": [_OBJECT, _TEXT]}
+_OUTPUTS = {"json": _SCHEMA, "regex": _TEXT, "choice": _WORDS, "grammar": _TEXT, "json_object": {"type": "boolean"}}
+_HOW = {"whitespace_pattern": _TEXT, "disable_any_whitespace": {"type": "boolean"}}
+_FORMATS = {"type": "string", "enum": ["text", "json_object", "json_schema"]}
+ResponseFormat = Annotated[
+    Any,
+    WithJsonSchema({
+        "type": "object",
+        "properties": {
+            "type": _FORMATS,
+            "json_schema": {"type": "object", "properties": {"schema": _OBJECT}, "required": ["schema"]},
+        },
+        "required": ["type"],
+    }),
+]  # fmt: skip
+StructuredOutputs = Annotated[Any, WithJsonSchema({"type": "object", "properties": {**_OUTPUTS, **_HOW}})]
+Schema = Annotated[Any, WithJsonSchema(_SCHEMA)]
+Choices = Annotated[Any, WithJsonSchema(_WORDS)]
+Text = Annotated[Any, WithJsonSchema({"type": "string"})]
+Phrase = Annotated[str, Field(min_length=1)]
 
 
 class Wire(BaseModel):
@@ -95,6 +117,34 @@ class CompletionBody(Wire):
     spaces_between_special_tokens: bool = Field(default=True, description="accepted; this tokenizer puts none")
     prompt_logprobs: Integer | None = Field(default=None, ge=0, description="score the prompt too; not with stream")
     add_special_tokens: bool = Field(default=True, description="accepted; GPT-2 adds none")
+    bad_words: list[Phrase] = Field(default=[], description="texts that are never generated, as whole runs of tokens")
+    # llama.cpp's samplers
+    typical_p: float = Field(default=1.0, gt=0, le=1, description="locally typical sampling; 1 is off")
+    xtc_probability: float = Field(default=0.0, ge=0, le=1, description="how often the top choices are excluded")
+    xtc_threshold: float = Field(default=0.1, ge=0, le=1, description="what makes a top choice; above 0.5 xtc is off")
+    dry_multiplier: float = Field(default=0.0, ge=0, le=100, description="penalty for going on repeating; 0 is off")
+    dry_base: float = Field(default=1.75, ge=1, le=100, description="how fast it grows with the repetition's length")
+    dry_allowed_length: Integer = Field(default=2, ge=1, le=INT64_MAX, description="repetitions this long are free")
+    dry_penalty_last_n: Integer = Field(
+        default=-1, ge=-1, le=INT64_MAX, description="tokens looked back at; -1 is all, 0 is off"
+    )
+    dry_sequence_breakers: list[Phrase] = Field(
+        default=["\n", ":", '"', "*"], description="texts that no repetition reaches across"
+    )
+    # what the answer looks like: one of these
+    response_format: ResponseFormat = Field(default=None, description="OpenAI's: any JSON object, or by a schema")
+    structured_outputs: StructuredOutputs = Field(default=None, description="vLLM's: exactly one kind of output")
+    guided_json: Schema = Field(default=None, description="a JSON schema, as an object or as text")
+    guided_regex: Text = Field(
+        default=None, description="the whole answer matches it; Rust syntax, no look-around, \\d \\w \\s are ASCII"
+    )
+    guided_choice: Choices = Field(default=None, description="the answer is one of them")
+    guided_grammar: Text = Field(default=None, description="Lark (llguidance's dialect) or GBNF")
+    guided_whitespace_pattern: str | None = Field(
+        default=None, min_length=1, max_length=256, description="what may stand between the tokens of JSON, as a regex"
+    )
+    grammar: Text = Field(default=None, description="llama.cpp's name for guided_grammar; empty is none")
+    json_schema: Schema = Field(default=None, description="llama.cpp's name for guided_json")
 
 
 class TokenizeBody(Wire):
@@ -202,4 +252,8 @@ def completion_schema(limits: Limits) -> dict[str, Any]:
         schema["properties"][name]["anyOf"][0]["maximum"] = maximum
     schema["properties"]["stop"]["anyOf"][1]["maxItems"] = limits.max_stop_strings
     schema["properties"]["logit_bias"]["anyOf"][0]["maxProperties"] = limits.max_logit_bias
+    for name in ("bad_words", "dry_sequence_breakers"):
+        words = schema["properties"][name]["anyOf"][0]
+        words["maxItems"] = limits.max_bad_words if name == "bad_words" else limits.max_breakers
+        words["items"]["maxLength"] = limits.max_stop_length if name == "bad_words" else limits.max_breaker_length
     return schema

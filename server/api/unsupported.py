@@ -12,19 +12,11 @@ from server.errors import InvalidRequest
 # name: the values that ask for nothing (null always does)
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # vLLM
-    "bad_words": ([],),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
     "early_stopping": (False,),
     "best_of_beams": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
+    "guided_decoding_backend": ("auto", "guidance"),
     "structural_tag": (),
     "prompt_embeds": (),
     "logits_processors": ([],),
@@ -32,17 +24,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
     "lora_request": (),
     # llama.cpp
-    "typical_p": (1.0,),
-    "dry_multiplier": (0.0,),
-    "xtc_probability": (0.0,),
     "mirostat": (0,),
     "dynatemp_range": (0.0,),
     "top_n_sigma": (-1.0,),
     "tfs_z": (1.0,),
     "repeat_penalty": (1.0,),
     "samplers": (),
-    "grammar": ("",),
-    "json_schema": (),
     "lora": ([],),
     "n_predict": (),
     "n_probs": (0,),
@@ -64,8 +51,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 # They only shape one of the above: without it they ask for nothing, whatever they hold.
 DEPENDENT = {
-    "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "xtc_threshold", "mirostat_tau",
-    "mirostat_eta", "dynatemp_exponent", "repeat_last_n", "tool_choice", "function_call",
+    "mirostat_tau", "mirostat_eta", "dynatemp_exponent", "repeat_last_n", "tool_choice", "function_call",
 }  # fmt: skip
 KNOWN = frozenset(UNSUPPORTED) | DEPENDENT
 
@@ -75,8 +61,10 @@ def refuse_unsupported(fields: dict[str, Any]) -> None:
     for name, idle in UNSUPPORTED.items():
         value = fields.get(name)
         if value is not None and value not in idle:
-            raise InvalidRequest(
-                f"'{name}' is not supported by this server. Leave it out, or set it to null.",
-                name,
-                "unsupported_parameter",
-            )
+            raise refusal(name)
+
+
+def refusal(name: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"'{name}' is not supported by this server. Leave it out, or set it to null.", name, "unsupported_parameter"
+    )

@@ -14,13 +14,16 @@ from asking import LIMITS
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.dry import DryParams
 from model.sampling_params import SamplingParams
 from server.api.limits import Limits
 from server.api.parsing import CompletionRequest, parse_completion
 from server.api.schemas import CompletionBody, completion_schema
 from server.api.unsupported import KNOWN
+from server.engine.grammars import GrammarKind
 from server.errors import InvalidRequest
 
+MADE = {"choice", "dry", "grammar"}  # of several fields, or not of any
 PROPERTIES = completion_schema(LIMITS)["properties"]
 
 
@@ -40,9 +43,8 @@ def number_fields() -> list[str]:
 
 def test_sampling_fields_agree_with_the_engines() -> None:
     """Each of them exists once on the wire and once in SamplingParams, by one name and with one default."""
-    by_position = {"choice"}  # which of the n it is, the engine says
     for field in dataclasses.fields(SamplingParams):
-        if field.name in by_position:
+        if field.name in MADE:
             continue
         assert field.name in CompletionBody.model_fields
     request = parse(prompt="a")
@@ -55,11 +57,73 @@ def test_every_sampling_field_reaches_the_engine() -> None:
         "seed": 7, "max_tokens": 5, "min_tokens": 2, "temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.125,
         "presence_penalty": -1.0, "frequency_penalty": 1.5, "repetition_penalty": 1.25, "logit_bias": {"3": -2.0},
         "allowed_token_ids": [5, 4, 5], "stop_token_ids": [9, 8], "ignore_eos": True, "logprobs": 2,
-        "prompt_logprobs": 4,
+        "prompt_logprobs": 4, "typical_p": 0.75, "xtc_probability": 0.5, "xtc_threshold": 0.25,
     }  # fmt: skip
-    assert set(values) == {field.name for field in dataclasses.fields(SamplingParams)} - {"choice"}
+    assert set(values) | {"bad_words"} == {field.name for field in dataclasses.fields(SamplingParams)} - MADE
     lists = {"logit_bias": ((3, -2.0),), "allowed_token_ids": (4, 5), "stop_token_ids": (8, 9)}
     assert parse(prompt="a", **values).params == SamplingParams(**{**values, **lists})
+
+
+def test_dry_is_on_with_a_multiplier_and_a_window() -> None:
+    fields = {"prompt": "a", "dry_multiplier": 0.8, "dry_base": 2.0, "dry_allowed_length": 3}
+    on = DryParams(multiplier=0.8, base=2.0, allowed_length=3)
+    assert parse(**fields).params.dry == on
+    assert parse(**fields, dry_penalty_last_n=64).params.dry == dataclasses.replace(on, last_n=64)
+    assert parse(**fields, dry_penalty_last_n=0).params.dry is None
+    assert parse(prompt="a", dry_base=3.0).params.dry is None
+
+
+SCHEMA = {"type": "string"}
+SCHEMA_TEXT = '{"type":"string"}'
+
+
+@pytest.mark.parametrize(("fields", "kind", "text"), [
+    ({"response_format": {"type": "json_object"}}, GrammarKind.JSON_SCHEMA, '{"type":"object"}'),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+     GrammarKind.JSON_SCHEMA, SCHEMA_TEXT),
+    ({"guided_json": SCHEMA}, GrammarKind.JSON_SCHEMA, SCHEMA_TEXT),
+    ({"guided_json": '{ "type": "string" }'}, GrammarKind.JSON_SCHEMA, SCHEMA_TEXT),
+    ({"json_schema": SCHEMA, "response_format": {"type": "text"}}, GrammarKind.JSON_SCHEMA, SCHEMA_TEXT),
+    ({"structured_outputs": {"json": SCHEMA, "regex": None}}, GrammarKind.JSON_SCHEMA, SCHEMA_TEXT),
+    ({"structured_outputs": {"json_object": True}}, GrammarKind.JSON_SCHEMA, '{"type":"object"}'),
+    ({"guided_regex": "a+"}, GrammarKind.REGEX, "a+"),
+    ({"structured_outputs": {"regex": "a+"}}, GrammarKind.REGEX, "a+"),
+    ({"guided_choice": ["a", "é"]}, GrammarKind.CHOICE, '["a", "é"]'),
+    ({"guided_grammar": "start: x"}, GrammarKind.GRAMMAR, "start: x"), ({"grammar": "y"}, GrammarKind.GRAMMAR, "y"),
+])  # fmt: skip
+def test_every_name_of_a_structure(fields: dict[str, Any], kind: GrammarKind, text: str) -> None:
+    structure = parse(prompt="a", **fields).structure
+    assert structure is not None
+    assert (structure.kind, structure.text) == (kind, text)
+    assert structure.param in fields
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"response_format": {"type": "text"}}, {"guided_json": None}, {"grammar": ""},
+    {"guided_whitespace_pattern": " "},
+])  # fmt: skip
+def test_no_structure(fields: dict[str, Any]) -> None:
+    assert parse(prompt="a", **fields).structure is None
+
+
+@pytest.mark.parametrize("fields", [
+    {"response_format": {"type": "json"}}, {"response_format": {"type": "json_schema"}}, {"response_format": "json"},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, {"response_format": {}},
+    {"structured_outputs": {}}, {"structured_outputs": {"json": SCHEMA, "regex": "a"}},
+    {"structured_outputs": {"structural_tag": "x"}}, {"structured_outputs": {"json_object": 1}},
+    {"guided_json": "no JSON"}, {"guided_json": []}, {"guided_json": True}, {"guided_json": {"enum": ["x" * 70_000]}},
+    {"guided_regex": 5}, {"guided_regex": "x" * 65_537}, {"guided_choice": []}, {"guided_choice": "a"},
+    {"guided_choice": ["a", ""]}, {"guided_choice": ["a"] * 1025}, {"guided_grammar": {}}, {"json_schema": 1},
+    {"bad_words": [""]}, {"bad_words": ["x"] * 129}, {"bad_words": ["x" * 257]}, {"bad_words": "x"},
+    {"dry_sequence_breakers": ["x" * 41]}, {"dry_sequence_breakers": ["x"] * 17}, {"dry_base": 0.5}, {"typical_p": 0},
+], ids=lambda fields: str(fields)[:60])  # fmt: skip
+def test_a_structure_or_sampler_that_is_wrong_is_refused_by_name(fields: dict[str, Any]) -> None:
+    assert refusal(prompt="a", **fields).param == next(iter(fields))
+
+
+def test_two_structures_or_one_without_an_end_are_refused() -> None:
+    assert refusal(prompt="a", guided_regex="a", guided_json={}).param == "guided_regex"
+    assert refusal(prompt="a", guided_regex="a", ignore_eos=True).param == "ignore_eos"
 
 
 def test_echo_with_logprobs_scores_the_prompt() -> None:

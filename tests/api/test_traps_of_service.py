@@ -222,10 +222,10 @@ def test_27_id_and_created_are_constant(api: Api) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("suffix", "x"), ("guided_json", {}), ("use_beam_search", True), ("mirostat", 2), ("typical_p", 0.5),
-    ("response_format", {"type": "json"}), ("dry_multiplier", 0.8), ("xtc_probability", 0.1), ("bad_words", ["x"]),
-    ("length_penalty", 2.0),
+    ("suffix", "x"), ("guided_json", {}), ("use_beam_search", True), ("mirostat", 2), ("length_penalty", 2.0),
     ("structured_outputs", {"regex": "a"}), ("messages", [{"role": "user", "content": "x"}]), ("max_new_tokens", 3),
+    ("repeat_penalty", 1.1), ("logits_processors", ["x"]), ("structural_tag", {}),
+    ("guided_decoding_backend", "outlines"),
 ])  # fmt: skip
 def test_28_what_we_know_and_do_not_honour_is_refused_by_name(api: Api, name: str, value: object) -> None:
     error = api.error(prompt="a", **{name: value})

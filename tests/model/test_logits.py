@@ -87,6 +87,14 @@ def test_xtc_acts_when_its_coin_says_so() -> None:
     assert sample(values * 9, [above_half])[0] == [best]
 
 
+def test_what_cannot_be_picked_is_no_top_choice() -> None:
+    values = logits()
+    values[0, 5:] = -torch.inf
+    least = int(values[0, :5].argmin())
+    assert sample(values, [replace(row(0.9, xtc_probability=1.0, xtc_threshold=0.0), coin=0.1)])[0] == [least]
+    assert sample(values, [row(0.99, typical_p=0.999)])[0][0] < 5
+
+
 def test_the_coin_is_independent_of_the_number_that_picks() -> None:
     picks, coins = uniforms(5, 0, 0, 20_000), uniforms(5, 0, 0, 20_000, word=1)
     assert abs(np.corrcoef(picks, coins)[0, 1]) < 0.02

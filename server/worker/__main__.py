@@ -44,7 +44,7 @@ from server.worker.scheduler import Scheduler
 from server.worker.speculation import SpeculationController
 
 EXIT_CONFIG = 78
-PREFILL_LEAST = 16  # tokens of prompts a step may take, however many streams run and however slow the machine is
+PREFILL_LEAST = 16  # tokens of prompts that a step may take, however many streams run and however slow the machine is
 
 
 class Worker:
@@ -100,7 +100,8 @@ class Worker:
         if self._speculation is not None:
             self._speculation.observe(rows, seconds)
         if self._budget is not None:
-            self._scheduler.token_budget = self._budget.observe(rows, seconds)
+            least = self._scheduler.num_running + PREFILL_LEAST
+            self._scheduler.token_budget = max(self._budget.observe(rows, seconds), least)
         self._report(outputs, seconds, rows)
         return True
 
@@ -162,8 +163,7 @@ def _speculation(drafts: int, networks: list[GPT2]) -> SpeculationController | N
 def _budget(start: Start) -> BudgetController | None:
     if start.target_itl is None:
         return None
-    smallest = start.max_num_seqs + PREFILL_LEAST
-    return BudgetController(start.target_itl, smallest=smallest, largest=max(smallest, start.max_num_batched_tokens))
+    return BudgetController(start.target_itl, smallest=PREFILL_LEAST, largest=start.max_num_batched_tokens)
 
 
 def _vocabulary(directory: Path) -> Vocabulary:

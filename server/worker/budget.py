@@ -16,7 +16,7 @@ class BudgetController:
     """
 
     def __init__(self, target_itl: float, *, smallest: int, largest: int) -> None:
-        """`target_itl` in seconds. `smallest` should exceed max_num_seqs, so that prompts advance on any machine."""
+        """`target_itl` in seconds."""
         if target_itl <= 0 or not 1 <= smallest <= largest:
             raise ValueError("the target must be positive, and 1 <= smallest <= largest")
         self._target = target_itl

@@ -290,6 +290,10 @@ class Scheduler:
     def idle(self) -> bool:
         return not self._sequences
 
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
     def stats(self, *, step_seconds: float, step_tokens: int) -> Stats:
         return Stats(
             running=len(self._running),

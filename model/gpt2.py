@@ -55,6 +55,10 @@ class GPT2:
             hidden = layer(hidden, layer_cache, batch, self._ops, self.config.activation)
         return hidden
 
+    def final(self, hidden: Tensor) -> Tensor:
+        """(rows, n_embd) of `forward` after the last norm: what the head sees."""
+        return self._final_norm(hidden)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, n_embd) of `forward` to (rows, vocab) in fp32."""
         return self._head(self._final_norm(hidden)).float()

@@ -25,7 +25,7 @@ UNIFORMS_AHEAD = 64
 class Row:
     """A sequence's tokens, block table and random numbers."""
 
-    __slots__ = ("_uniforms", "blocks", "length", "matcher", "params", "prompt_length", "tokens")
+    __slots__ = ("_uniforms", "blocks", "hidden_sum", "length", "matcher", "params", "prompt_length", "tokens")
 
     def __init__(self, new: NewSequence, context: int, max_blocks: int, matcher: Matcher | None = None) -> None:
         """matcher: of the sequence's grammar, where its output has led."""
@@ -35,6 +35,7 @@ class Row:
         self.length = len(known)
         self.prompt_length = len(new.prompt)
         self.params: SamplingParams = new.params
+        self.hidden_sum: npt.NDArray[np.float64] = np.zeros(())  # (n_embd,) once something was added
         self.blocks: npt.NDArray[np.int32] = np.zeros(max_blocks, dtype=np.int32)
         self.matcher = matcher
         self._uniforms: dict[int, tuple[int, list[float]]] = {}  # word -> the first position, and the numbers from it

@@ -56,7 +56,7 @@ class Runner:
         pieces = hidden.split([span.count for span in spans])  # (span.count, n_embd) each
         scored = self._score_prompts(plan, pieces)
         drafted = {chunk.id: len(guessed) for chunk, guessed in zip(plan.chunks, guesses, strict=True) if guessed}
-        return StepResult(self._sample(plan, pieces, guesses), scored, drafted)
+        return StepResult(self._sample(plan, pieces, guesses), scored, drafted, self._pool(plan, pieces))
 
     def _matcher(self, new: NewSequence) -> Matcher | None:
         if new.params.grammar is None:
@@ -104,6 +104,17 @@ class Runner:
                 state = self._rows[chunk.id].append(token)
                 sampled.append(SampledToken(chunk.id, token, scores, state))
         return sampled
+
+    def _pool(self, plan: StepPlan, pieces: tuple[Tensor, ...]) -> dict[int, bytes]:
+        """The mean of a prompt's final hidden states, where that is wanted, once its last chunk has run."""
+        pooled = {}
+        for chunk, piece in zip(plan.chunks, pieces, strict=True):
+            row = self._rows[chunk.id]
+            if row.params.pooled:
+                row.hidden_sum = row.hidden_sum + self._model.final(piece).double().sum(0).cpu().numpy()
+                if chunk.start + chunk.count == row.prompt_length:
+                    pooled[chunk.id] = (row.hidden_sum / row.prompt_length).astype("<f4").tobytes()
+        return pooled
 
     def _score_prompts(self, plan: StepPlan, pieces: tuple[Tensor, ...]) -> list[PromptLogprobs]:
         scored = []

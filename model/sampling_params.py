@@ -40,6 +40,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # 0 is on: the sampled token's alone
     prompt_logprobs: int | None = None
+    pooled: bool = False  # wanted: the mean of the prompt's final hidden states, and no tokens (max_tokens 0)
 
     @property
     def greedy(self) -> bool:

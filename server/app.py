@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from model.tokenizer import Tokenizer
 from server.api.auth import OPEN_PATHS, AuthMiddleware
 from server.api.completions import CompletionService, completion_routes
+from server.api.embeddings import embedding_routes
 from server.api.engines import engine_routes
 from server.api.errors import answer_http_exception, answer_server_error
 from server.api.limits import Limits
@@ -77,6 +78,7 @@ def create_app(
         grammars=grammars,
     )
     app.include_router(completion_routes(service))
+    app.include_router(embedding_routes(service))
     app.include_router(model_routes(model))
     app.include_router(engine_routes(model, engine))
     app.include_router(tokenize_routes(model, tokenizer, texts, limits))

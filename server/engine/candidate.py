@@ -64,7 +64,8 @@ class Candidate:
         self._logprob_sum += sum(row.logprob for row in rows)
         delta = self._output.push(tokens, rows, said.finish, said.stop_token)
         self.finish = delta.finish_reason
-        yield delta if scores is None else replace(delta, prompt_logprobs=scores)
+        more = scores is not None or said.pooled is not None
+        yield replace(delta, prompt_logprobs=scores, pooled=said.pooled) if more else delta
 
     def _scores_due(self) -> list[TokenLogprobs] | None:
         """The prompt's scores, where they are asked for, once: they go with the first delta."""

@@ -57,6 +57,7 @@ class ChoiceDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or the token id that ended it; None for EOS
     prompt_logprobs: list[TokenLogprobs] | None = None  # of prompt[1:], with a choice's first delta, if params ask
+    pooled: bytes | None = None  # the prompt's embedding as little-endian float32, if params ask
 
 
 @dataclass(frozen=True, slots=True)

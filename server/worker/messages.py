@@ -72,6 +72,7 @@ class SequenceOutput(msgspec.Struct, frozen=True):
     token: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    pooled: bytes | None = None  # the prompt's embedding, little-endian float32, where the sequence is asked for that
     finish: FinishReason | None = None
     stop_token: int | None = None  # the token that ended it, when one did
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache; said once, with the first output

@@ -261,7 +261,7 @@ class Scheduler:
                     self._settle(sequence, result.drafted.get(chunk.id, 0), len(sampled[chunk.id]) - 1)
                 outputs += _told(sequence, sampled[chunk.id], rows)
             elif not sequence.samples and chunk.start + chunk.count == sequence.prompt_length:
-                outputs.append(_output(sequence, None, rows, FinishReason.LENGTH))
+                outputs.append(_output(sequence, None, rows, FinishReason.LENGTH, result.pooled.get(chunk.id)))
             elif rows is not None:
                 outputs.append(_output(sequence, None, rows, None))
             else:
@@ -340,7 +340,11 @@ def _told(sequence: Sequence, samples: list[SampledToken], rows: PromptLogprobs 
 
 
 def _output(
-    sequence: Sequence, sample: SampledToken | None, rows: PromptLogprobs | None, finish: FinishReason | None
+    sequence: Sequence,
+    sample: SampledToken | None,
+    rows: PromptLogprobs | None,
+    finish: FinishReason | None,
+    pooled: bytes | None = None,
 ) -> SequenceOutput:
     cached_tokens, sequence.cached_tokens = sequence.cached_tokens, None
     return SequenceOutput(
@@ -348,6 +352,7 @@ def _output(
         token=None if sample is None else sample.token,
         logprobs=None if sample is None else sample.logprobs,
         prompt_logprobs=rows,
+        pooled=pooled,
         finish=finish,
         stop_token=sequence.stop_token if finish is FinishReason.STOP else None,
         cached_tokens=cached_tokens,

@@ -82,8 +82,11 @@ class Sequence:
     def reusable(self) -> int:
         """How many leading tokens may come from the prefix cache.
 
-        Not the last, whose logits are wanted, nor, where the prompt's logprobs are wanted, what has not been scored.
+        Not the last, whose logits are wanted, nor, where the prompt's logprobs are wanted, what has not been scored;
+        and none where every hidden state is wanted.
         """
+        if self.params.pooled:
+            return 0
         return self.total - 1 if self.scored >= self.prompt_length else self.scored - 1
 
     def append(self, token: int, grammar: GrammarState | None = None) -> FinishReason | None:

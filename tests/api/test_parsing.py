@@ -23,7 +23,7 @@ from server.api.unsupported import KNOWN
 from server.engine.grammars import GrammarKind
 from server.errors import InvalidRequest
 
-MADE = {"choice", "dry", "grammar"}  # of several fields, or not of any
+MADE = {"choice", "dry", "grammar", "pooled"}  # of several fields, or not of any
 PROPERTIES = completion_schema(LIMITS)["properties"]
 
 

@@ -24,6 +24,7 @@ from server.api.phrases import Phrases
 from server.api.playground import FILES as PLAYGROUND_FILES
 from server.api.playground import playground_routes
 from server.api.schemas import ErrorAnswer
+from server.api.sleep import Sleeper, sleep_routes
 from server.api.tokenize import tokenize_routes
 from server.engine.grammars import GrammarChecker
 from server.engine.output import TokenTexts
@@ -60,6 +61,7 @@ def create_app(
     registry: CollectorRegistry,
     on_answer: AnswerHook,
     grammars: GrammarChecker | None = None,
+    sleeper: Sleeper | None = None,
     keys: Mapping[str, bytes] | None = None,
     cors_origins: Sequence[str] = (),
     playground: bool = False,
@@ -83,6 +85,8 @@ def create_app(
     app.include_router(engine_routes(model, engine))
     app.include_router(tokenize_routes(model, tokenizer, texts, limits))
     app.include_router(ops_routes(engine, registry, running, version))
+    if sleeper is not None:
+        app.include_router(sleep_routes(sleeper))
     app.add_exception_handler(ServerError, answer_server_error)
     app.add_exception_handler(HTTPException, answer_http_exception)
     open_paths: Set[str] = OPEN_PATHS

@@ -45,33 +45,34 @@ class Service:
     """The parts of a running server, put together once."""
 
     engine: Engine
-    supervisor: Supervisor
+    supervisors: list[Supervisor]  # one for each worker
     grammars: GrammarChecker
     http: HTTPServer
     listener: socket.socket
     shutdown_timeout: float
 
     async def run(self, announce: Callable[[Ready], None]) -> int:
-        """Until a signal or the end of the last worker. Returns the exit status."""
+        """Until a signal, or until a worker cannot be kept running. Returns the exit status."""
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, stop)
         await self.grammars.start()
         http = asyncio.create_task(self.http.serve(sockets=[self.listener]))
-        worker = asyncio.create_task(self.supervisor.run())
+        workers = [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
         announcing = asyncio.create_task(self._announce(announce))
         stopped = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait({worker, stopped, http}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*workers, stopped, http}, return_when=asyncio.FIRST_COMPLETED)
             if stop.is_set():
                 await self._drain()
             else:
                 self.engine.fail_all(EngineError("The engine has stopped and cannot answer this request."))
         finally:
             announcing.cancel()
-            self.supervisor.stop()
-            status = await worker
+            for supervisor in self.supervisors:
+                supervisor.stop()
+            status = max(await asyncio.gather(*workers))
             self.http.should_exit = True
             await http
             await self.grammars.stop()
@@ -111,7 +112,7 @@ def build(settings: Settings) -> tuple[Service, ServedModel]:
     served = _served_model(settings, checkpoint, max_model_len)
     metrics = Metrics(served.name, __version__)
     admission = Admission(settings.max_num_queued_reqs, settings.max_num_queued_tokens)
-    engine = Engine(tokenizer, admission, Observer(metrics))
+    engine = Engine(tokenizer, admission, Observer(metrics), settings.workers)
     directory = str(checkpoint.directory)
     grammars = GrammarChecker(checker_command(directory, config.vocab_size, config.eos_token_id))
     app = create_app(
@@ -123,13 +124,17 @@ def build(settings: Settings) -> tuple[Service, ServedModel]:
         registry=metrics.registry,
         on_answer=metrics.answered,
         grammars=grammars,
+        sleeper=engine,
         keys=_keys(settings),
         cors_origins=settings.allowed_origins,
         playground=settings.playground,
     )
     service = Service(
         engine=engine,
-        supervisor=Supervisor(_start(settings, checkpoint, config, max_model_len), engine),
+        supervisors=[
+            Supervisor(_start(settings, checkpoint, config, max_model_len, worker), engine, worker)
+            for worker in range(settings.workers)
+        ],
         grammars=grammars,
         http=http_server(app, head_timeout=settings.head_timeout, keep_alive_timeout=settings.keep_alive_timeout),
         listener=_listen(settings.host, settings.port),
@@ -187,20 +192,22 @@ def _keys(settings: Settings) -> dict[str, bytes]:
     return {} if settings.api_key is None else {"default": key_digest(settings.api_key.get_secret_value())}
 
 
-def _start(settings: Settings, checkpoint: Checkpoint, config: ModelConfig, max_model_len: int) -> Start:
+def _start(settings: Settings, checkpoint: Checkpoint, config: ModelConfig, max_model_len: int, worker: int) -> Start:
+    """Of several workers, each has its share of the cores and of the KV cache, or a CUDA device of its own."""
+    cores = len(os.sched_getaffinity(0))
     return Start(
         model=str(checkpoint.directory),
-        device=settings.device,
+        device=f"cuda:{worker}" if settings.device == "cuda" and settings.workers > 1 else settings.device,
         dtype=settings.dtype,
         max_model_len=max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         target_itl=settings.target_itl,
         block_size=settings.block_size,
-        kv_cache_bytes=int(settings.kv_cache_gib * (1 << 30)),
+        kv_cache_bytes=int(settings.kv_cache_gib * (1 << 30)) // settings.workers,
         prefix_caching=settings.enable_prefix_caching,
         kernels=settings.kernels,
-        threads=settings.threads or len(os.sched_getaffinity(0)),
+        threads=settings.threads or max(cores // settings.workers, 1),
         drafts=0 if settings.speculative_method == "off" else settings.num_speculative_tokens,
         draft_model=_draft_model(settings.speculative_model, config, max_model_len),
     )

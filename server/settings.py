@@ -59,7 +59,15 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = _flag("server", "how much to log", "info")
 
     # Engine
-    max_num_seqs: int = _flag("engine", "sequences computed at once", 64, ge=1, le=4096)
+    workers: int = _flag(
+        "engine",
+        "worker processes, each with the whole model; they share the cores and the KV cache's bound, "
+        "or with --device cuda have a device each",
+        1,
+        ge=1,
+        le=64,
+    )
+    max_num_seqs: int = _flag("engine", "sequences computed at once by a worker", 64, ge=1, le=4096)
     max_num_batched_tokens: int = _flag("engine", "tokens computed in one step", 512, ge=16, le=65536)
     target_itl: float | None = _flag(
         "engine",
@@ -69,7 +77,7 @@ class Settings(BaseSettings):
         gt=0,
     )
     block_size: int = _flag("engine", "tokens in one block of the KV cache", 16, ge=8, le=256)
-    kv_cache_gib: float = _flag("engine", "upper bound of the KV cache, in GiB", 2.0, gt=0)
+    kv_cache_gib: float = _flag("engine", "upper bound of the KV cache, in GiB, of all workers together", 2.0, gt=0)
     speculative_method: Literal["off", "ngram", "model"] = _flag(
         "engine",
         "guess tokens and verify many at a time: ngram looks them up in the text so far, "
@@ -84,7 +92,9 @@ class Settings(BaseSettings):
     kernels: Literal["auto", "off", "portable", "avx2", "avx512", "vnni"] = _flag(
         "engine", "C kernels for the CPU: auto, off (PyTorch alone), or an instruction set", "auto"
     )
-    threads: int | None = _flag("engine", "threads of the worker; default: the cores this process may use", None, ge=1)
+    threads: int | None = _flag(
+        "engine", "threads of a worker; default: its share of the cores this process may use", None, ge=1
+    )
 
     # Limits
     max_num_queued_reqs: int = _flag("limits", "requests that may wait for their first token", 256, ge=1)

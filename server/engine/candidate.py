@@ -24,6 +24,7 @@ class Candidate:
         self.tokens: list[int] = []
         self.cached_tokens = 0
         self.finish: FinishReason | None = None
+        self.worker: int | None = None  # the one that computes it; None while there is none
         self._output = output
         self._echo_due = echo
         self._logprob_sum = 0.0

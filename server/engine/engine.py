@@ -6,6 +6,7 @@ candidate that has ended since is dropped.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 from dataclasses import replace
@@ -18,13 +19,16 @@ from server.engine.generation import RunningGeneration
 from server.engine.observer import Observer
 from server.engine.output import ChoiceOutput, TokenTexts
 from server.engine.request import GenerationRequest
+from server.engine.router import Router
 from server.errors import Draining, EngineError, Overloaded, TryLater
 from server.worker.channel import EngineChannel
-from server.worker.messages import Abort, Ready, Step
+from server.worker.messages import Abort, Ready, Sleep, Slept, Step, WakeUp
+
+POLL = 0.01  # seconds between looks at whether workers sleep or are awake
 
 
 class Engine:
-    def __init__(self, tokenizer: Tokenizer, admission: Admission, observer: Observer) -> None:
+    def __init__(self, tokenizer: Tokenizer, admission: Admission, observer: Observer, workers: int = 1) -> None:
         self._tokenizer = tokenizer
         self._texts = TokenTexts(tokenizer)
         self._admission = admission
@@ -32,8 +36,11 @@ class Engine:
         self._ids = itertools.count(1)
         self._generations: set[RunningGeneration] = set()
         self._running: dict[int, tuple[Candidate, RunningGeneration]] = {}  # by candidate id, until its last token
-        self._channel: EngineChannel | None = None
+        self._channels: dict[int, EngineChannel] = {}  # of the workers that run, by number
+        self._router = Router(workers)
         self.worker: Ready | None = None  # what the latest worker said of itself
+        self._sleep_level: int | None = None
+        self._resting: set[int] = set()  # workers that sleep
         self._draining = False
         self._dead = False
 
@@ -41,7 +48,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        return self._channel is not None and not self._draining
+        return bool(self._channels) and not self._draining and not self.asleep
 
     @property
     def healthy(self) -> bool:
@@ -64,13 +71,20 @@ class Engine:
         for candidate in generation.candidates:
             self._running[candidate.id] = (candidate, generation)
             self._observer.admitted(candidate)
-            if self._channel is not None:
-                self._channel.send(candidate.add_message(request.priority, request.salt))
+            self._send(candidate, request)
         return generation
+
+    def _send(self, candidate: Candidate, request: GenerationRequest) -> None:
+        """To the worker that suits it best; with none about, the next one that is ready takes it."""
+        candidate.worker = self._router.choose(candidate.prompt.token_ids, request.salt)
+        if candidate.worker is not None:
+            self._channels[candidate.worker].send(candidate.add_message(request.priority, request.salt))
 
     def _admit(self, request: GenerationRequest) -> None:
         if self._draining:
             raise Draining("The server is shutting down and takes no new requests.")
+        if self.asleep:
+            raise Overloaded("The server is asleep; an operator has to wake it up (POST /wake_up).")
         if self.worker is None or self._dead:
             raise Overloaded("The model is still loading. Please try again shortly.")
         queued = [_prompt_tokens(each.request) for each in self._generations if not each.started]
@@ -91,21 +105,37 @@ class Engine:
         left = [candidate for candidate in generation.live if self._running.pop(candidate.id, None)]
         for candidate in left:
             self._observer.aborted(candidate)
-        if left and self._channel is not None:
-            self._channel.send(Abort([candidate.id for candidate in left]))
+        self._abort(left)
+
+    def _abort(self, candidates: list[Candidate]) -> None:
+        """Tell their workers to drop them."""
+        by_worker: dict[int, list[int]] = {}
+        for candidate in candidates:
+            if candidate.worker is not None:
+                by_worker.setdefault(candidate.worker, []).append(candidate.id)
+                self._router.ended(candidate.worker)
+        for worker, ids in by_worker.items():
+            self._channels[worker].send(Abort(ids))
 
     # === What the supervisor tells ===
 
-    def worker_ready(self, ready: Ready, channel: EngineChannel) -> None:
-        """A fresh worker knows nothing: it gets every live candidate, with the tokens it has by now."""
-        self._channel = channel
+    def worker_ready(self, worker: int, ready: Ready, channel: EngineChannel) -> None:
+        """A fresh worker knows nothing: what nobody computes is sent again, with the tokens it has by now."""
+        self._channels[worker] = channel
+        self._router.joined(worker, ready.num_blocks, ready.block_size)
         self.worker = ready
-        for candidate, generation in self._running.values():
-            channel.send(candidate.add_message(generation.request.priority, generation.request.salt))
+        if self._sleep_level is not None and self.idle:
+            channel.send(Sleep(self._sleep_level))
+        self._send_orphans()
 
-    def worker_step(self, step: Step) -> None:
+    def _send_orphans(self) -> None:
+        for candidate, generation in self._running.values():
+            if candidate.worker is None:
+                self._send(candidate, generation.request)
+
+    def worker_step(self, worker: int, step: Step) -> None:
         now = time.monotonic()
-        stopped = []
+        stopped: list[Candidate] = []
         for said in step.outputs:
             candidate, generation = self._running.get(said.id, (None, None))
             if candidate is None or generation is None:
@@ -117,14 +147,64 @@ class Engine:
                 del self._running[candidate.id]
                 self._observer.finished(candidate, now)
                 if said.finish is None:  # a stop string ended it, of which the worker knows nothing
-                    stopped.append(candidate.id)
-        if stopped and self._channel is not None:
-            self._channel.send(Abort(stopped))
-        self._observer.stepped(step.stats)
+                    stopped.append(candidate)
+                else:
+                    self._router.ended(worker)
+        self._abort(stopped)
+        self._observer.stepped(worker, step.stats)
 
-    def worker_lost(self) -> None:
-        self._channel = None
-        self._observer.worker_lost()
+    def worker_slept(self, worker: int, slept: Slept) -> None:
+        if slept.asleep:
+            self._resting.add(worker)
+        else:
+            self._resting.discard(worker)
+
+    def worker_lost(self, worker: int) -> None:
+        """What it computed goes to the others, if there are any, or waits for the one that takes its place."""
+        self._channels.pop(worker, None)
+        self._router.left(worker)
+        self._resting.discard(worker)
+        self._observer.worker_lost(worker)
+        for candidate, _ in self._running.values():
+            if candidate.worker == worker:
+                candidate.worker = None
+        self._send_orphans()
+
+    # === Sleep ===
+
+    @property
+    def asleep(self) -> bool:
+        """Or falling asleep, or waking up: no requests are taken."""
+        return self._sleep_level is not None or bool(self._resting)
+
+    async def sleep(self, level: int, *, abort: bool) -> None:
+        """Returns when all workers have given back their KV pools (level 1) or the weights too (level 2).
+
+        No requests are taken from the first moment; those that run finish first, or are ended with an error.
+        """
+        if self._sleep_level is None:
+            self._sleep_level = level
+            if abort:
+                for generation in self._generations:
+                    generation.fail(Overloaded("The server was put to sleep before this request was finished."))
+            while not self.idle:
+                await asyncio.sleep(POLL)
+            if self._sleep_level is None:  # woken up before it slept
+                return
+            for worker, channel in self._channels.items():
+                self._router.forgot(worker)
+                channel.send(Sleep(level))
+        while self._sleep_level is not None and self._resting != self._channels.keys():
+            await asyncio.sleep(POLL)
+
+    async def wake_up(self) -> None:
+        """Returns when all workers have their weights and KV pools again."""
+        if self._sleep_level is not None:
+            self._sleep_level = None
+            for channel in self._channels.values():
+                channel.send(WakeUp())
+        while self._resting:
+            await asyncio.sleep(POLL)
 
     # === The end ===
 

@@ -26,7 +26,7 @@ class Observer:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._times: dict[int, _Times] = {}
-        self._last_stats: Stats | None = None
+        self._last_stats: dict[int, Stats] = {}  # by worker
         self._recent: deque[tuple[float, int]] = deque()  # (when, tokens computed) of recent steps
 
     @property
@@ -78,12 +78,10 @@ class Observer:
         self._metrics.request_prompt_tokens.observe(len(candidate.prompt.token_ids))
         self._metrics.request_generation_tokens.observe(len(candidate.tokens))
 
-    def stepped(self, stats: Stats) -> None:
-        metrics, last = self._metrics, self._last_stats
-        self._last_stats = stats
-        metrics.running.set(stats.running)
-        metrics.waiting.set(stats.waiting)
-        metrics.kv_usage.set(stats.used_blocks / stats.num_blocks)
+    def stepped(self, worker: int, stats: Stats) -> None:
+        metrics, last = self._metrics, self._last_stats.get(worker)
+        self._last_stats[worker] = stats
+        self._add_up()
         metrics.heartbeat.set_to_current_time()
         metrics.preemptions.inc(stats.preemptions - (last.preemptions if last else 0))
         metrics.drafted.inc(stats.drafted - (last.drafted if last else 0))
@@ -101,9 +99,16 @@ class Observer:
         while now - self._recent[0][0] > RATE_WINDOW:
             self._recent.popleft()
 
-    def worker_lost(self) -> None:
+    def worker_lost(self, worker: int) -> None:
         """Its books died with it."""
-        self._last_stats = None
+        self._last_stats.pop(worker, None)
         self._metrics.worker_restarts.inc()
-        for gauge in (self._metrics.running, self._metrics.waiting, self._metrics.kv_usage):
-            gauge.set(0)
+        self._add_up()
+
+    def _add_up(self) -> None:
+        """Gauges are of all workers together."""
+        books = self._last_stats.values()
+        self._metrics.running.set(sum(stats.running for stats in books))
+        self._metrics.waiting.set(sum(stats.waiting for stats in books))
+        num_blocks = sum(stats.num_blocks for stats in books)
+        self._metrics.kv_usage.set(sum(stats.used_blocks for stats in books) / max(num_blocks, 1))

@@ -14,7 +14,7 @@ from collections import deque
 from typing import Protocol
 
 from server.worker.channel import EngineChannel
-from server.worker.messages import Failed, Ready, Shutdown, Start, Step
+from server.worker.messages import Failed, Ready, Shutdown, Slept, Start, Step
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +26,17 @@ STOP_TIMEOUT = 2.0
 
 
 class Listener(Protocol):
-    def worker_ready(self, ready: Ready, channel: EngineChannel) -> None: ...
-    def worker_step(self, step: Step) -> None: ...
-    def worker_lost(self) -> None: ...
+    """Told of each worker by its number, which the one that takes its place inherits."""
+
+    def worker_ready(self, worker: int, ready: Ready, channel: EngineChannel) -> None: ...
+    def worker_step(self, worker: int, step: Step) -> None: ...
+    def worker_slept(self, worker: int, slept: Slept) -> None: ...
+    def worker_lost(self, worker: int) -> None: ...
 
 
 class Supervisor:
-    def __init__(self, start: Start, listener: Listener) -> None:
+    def __init__(self, start: Start, listener: Listener, worker: int = 0) -> None:
+        self._worker = worker
         self._start = start
         self._listener = listener
         self._crashes: deque[float] = deque()
@@ -42,18 +46,19 @@ class Supervisor:
 
     async def run(self) -> int:
         """Until `stop`. Returns the exit status of the service: 0, or why no worker can be kept running."""
-        while True:
+        while not self._stopping:
             failure = await self._one_life()
             if self._stopping:
                 return 0
-            self._listener.worker_lost()
+            self._listener.worker_lost(self._worker)
             if failure is not None:
-                log.error("worker failed", extra={"reason": failure.message})
+                log.error("worker failed", extra={"worker": self._worker, "reason": failure.message})
                 return failure.exit_code
             if self._crashed_too_often():
                 log.error("worker died too often", extra={"crashes": len(self._crashes), "seconds": CRASH_WINDOW})
                 return EXIT_ENGINE_DIED
             await asyncio.sleep(min(0.1 * 2 ** (len(self._crashes) - 1), BACKOFF_MAX))
+        return 0
 
     def stop(self) -> None:
         self._stopping = True
@@ -80,6 +85,8 @@ class Supervisor:
         self._channel = await EngineChannel.open(ours)
         try:
             self._channel.send(self._start)
+            if self._stopping:  # told while the process was being started
+                self._channel.send(Shutdown())
             return await self._listen(self._channel)
         finally:
             self._channel.close()
@@ -91,9 +98,11 @@ class Supervisor:
         while (message := await channel.receive()) is not None:
             match message:
                 case Ready():
-                    self._listener.worker_ready(message, channel)
+                    self._listener.worker_ready(self._worker, message, channel)
                 case Step():
-                    self._listener.worker_step(message)
+                    self._listener.worker_step(self._worker, message)
+                case Slept():
+                    self._listener.worker_slept(self._worker, message)
                 case Failed():
                     return message
         return None

@@ -6,29 +6,18 @@ to, and when the other end is closed: it never outlives the api process.
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import sys
 import time
-from math import prod
-from pathlib import Path
 
 import torch
 
-from model.config import read_config
 from model.errors import ModelError
-from model.gpt2 import GPT2
-from model.grammar import Grammars, Vocabulary
-from model.kv_cache import KVCache
-from model.loading import choose_device, choose_dtype, load_model
 from model.runner import Runner
-from model.speculative import Drafter, DraftModel, PromptLookup
-from model.tokenizer import read_tokenizer
-from model.weights import expected_shapes
-from server.worker.block_pool import BlockPool
 from server.worker.budget import BudgetController
 from server.worker.channel import WorkerChannel
-from server.worker.memory import pool_size
 from server.worker.messages import (
     Abort,
     Add,
@@ -36,33 +25,53 @@ from server.worker.messages import (
     Ready,
     SequenceOutput,
     Shutdown,
+    Sleep,
+    Slept,
     Start,
     Step,
     ToWorker,
+    WakeUp,
 )
-from server.worker.scheduler import Scheduler
-from server.worker.speculation import SpeculationController
+from server.worker.parts import (
+    Networks,
+    count_blocks,
+    load_networks,
+    make_runner,
+    make_scheduler,
+    make_speculation,
+)
 
 EXIT_CONFIG = 78
 PREFILL_LEAST = 16  # tokens of prompts that a step may take, however many streams run and however slow the machine is
 
 
 class Worker:
-    def __init__(
-        self,
-        channel: WorkerChannel,
-        scheduler: Scheduler,
-        runner: Runner,
-        budget: BudgetController | None = None,
-        speculation: SpeculationController | None = None,
-    ) -> None:
-        """The controllers learn from the time of each step what the scheduler may hand out in the next."""
+    """Its controllers learn from the time of each step what the scheduler may hand out in the next."""
+
+    def __init__(self, start: Start, channel: WorkerChannel) -> None:
+        """Loads the model and says Ready. Raises ModelError."""
+        began = time.perf_counter()
+        torch.set_num_threads(start.threads)
+        networks = load_networks(start)
+        self._start = start
         self._channel = channel
-        self._scheduler = scheduler
-        self._runner = runner
-        self._budget = budget
-        self._speculation = speculation
+        self._networks: Networks | None = networks  # None in deep sleep
+        self._num_blocks = count_blocks(start, networks)
+        self._runner: Runner | None = make_runner(start, networks, self._num_blocks)  # None in any sleep
+        self._speculation = make_speculation(start, networks)
+        self._scheduler = make_scheduler(start, networks, self._num_blocks, self._speculation)
+        self._budget = _budget(start)
+        if self._budget is not None:
+            self._scheduler.token_budget = self._budget.budget
         self._stopping = False
+        self._channel.send(
+            Ready(
+                backend=networks.backend,
+                block_size=start.block_size,
+                num_blocks=self._num_blocks,
+                load_seconds=time.perf_counter() - began,
+            )
+        )
 
     def loop(self) -> None:
         """Until Shutdown. Raises EOFError or ConnectionError when the api process is gone."""
@@ -83,15 +92,39 @@ class Worker:
             case Abort():
                 for id_ in message.ids:
                     self._scheduler.abort(id_)
+            case Sleep():
+                self._sleep(deep=message.level == 2)
+            case WakeUp():
+                self._wake_up()
             case Shutdown():
                 self._stopping = True
             case Start():
                 raise AssertionError("a worker is started once")
 
+    def _sleep(self, *, deep: bool) -> None:
+        """Give back the KV pool, and if deep the weights. Nothing runs any more: the api process has seen to that."""
+        self._scheduler.forget_cache()
+        self._runner = None
+        if deep:
+            self._networks = None
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        self._channel.send(Slept(True))
+
+    def _wake_up(self) -> None:
+        """Raises ModelError where the weights have to be read again and cannot be."""
+        if self._networks is None:
+            self._networks = load_networks(self._start)
+        if self._runner is None:
+            self._runner = make_runner(self._start, self._networks, self._num_blocks)
+        self._channel.send(Slept(False))
+
     def _step(self) -> bool:
         plan = self._scheduler.schedule()
         if plan is None:
             return False
+        assert self._runner is not None, "work for a worker that sleeps"
         began = time.perf_counter()
         result = self._runner.run(plan)
         outputs = self._scheduler.update(plan, result)
@@ -111,64 +144,10 @@ class Worker:
         self._channel.send(Step(outputs, self._scheduler.stats(step_seconds=seconds, step_tokens=tokens)))
 
 
-def build(start: Start, channel: WorkerChannel) -> Worker:
-    """Loads the model and says Ready. Raises ModelError."""
-    began = time.perf_counter()
-    torch.set_num_threads(start.threads)
-    device = choose_device(start.device)
-    dtype = choose_dtype(start.dtype, device)
-    grammars = Grammars(lambda: _vocabulary(Path(start.model)))
-    network, ops = load_model(Path(start.model), device, dtype, kernels=start.kernels)
-    draft = load_model(Path(start.draft_model), device, dtype, kernels=start.kernels)[0] if start.draft_model else None
-    networks = [network] if draft is None else [network, draft]
-    num_blocks = pool_size(
-        kv_cache_bytes=start.kv_cache_bytes,
-        bytes_per_token=sum(each.config.kv_bytes_per_token(dtype.itemsize) for each in networks),
-        block_size=start.block_size,
-        max_num_seqs=start.max_num_seqs,
-        max_model_len=start.max_model_len,
-    )
-    budget = _budget(start)
-    cache, *draft_cache = [KVCache(each.config, num_blocks, start.block_size, dtype, device) for each in networks]
-    drafter: Drafter | None = None
-    if start.drafts:
-        drafter = PromptLookup() if draft is None else DraftModel(draft, draft_cache[0], device)
-    speculation = _speculation(start.drafts, networks)
-    scheduler = Scheduler(
-        BlockPool(num_blocks, start.block_size, enable_prefix_caching=start.prefix_caching),
-        max_num_seqs=start.max_num_seqs,
-        max_num_batched_tokens=start.max_num_batched_tokens if budget is None else budget.budget,
-        max_model_len=start.max_model_len,
-        eos_token_id=network.config.eos_token_id,
-        speculation=speculation,
-    )
-    channel.send(
-        Ready(
-            backend=f"{device}, {ops.describe()}",
-            block_size=start.block_size,
-            num_blocks=num_blocks,
-            load_seconds=time.perf_counter() - began,
-        )
-    )
-    runner = Runner(network, cache, device, start.max_model_len, drafter=drafter, grammars=grammars)
-    return Worker(channel, scheduler, runner, budget, speculation)
-
-
-def _speculation(drafts: int, networks: list[GPT2]) -> SpeculationController | None:
-    """A drafter's step costs what it reads: its weights, next to the network's."""
-    weights = [sum(map(prod, expected_shapes(each.config).values())) for each in networks]
-    return SpeculationController(drafts, cost=sum(weights[1:]) / weights[0]) if drafts else None
-
-
 def _budget(start: Start) -> BudgetController | None:
     if start.target_itl is None:
         return None
     return BudgetController(start.target_itl, smallest=PREFILL_LEAST, largest=start.max_num_batched_tokens)
-
-
-def _vocabulary(directory: Path) -> Vocabulary:
-    config = read_config(directory)
-    return Vocabulary(read_tokenizer(directory, config.vocab_size, config.eos_token_id))
 
 
 def serve(channel: WorkerChannel) -> int:
@@ -176,7 +155,7 @@ def serve(channel: WorkerChannel) -> int:
     try:
         start, *rest = channel.receive(wait=True)
         assert isinstance(start, Start)
-        worker = build(start, channel)
+        worker = Worker(start, channel)
         worker.handle(rest)
         worker.loop()
     except ModelError as error:

@@ -116,6 +116,12 @@ class BlockPool:
                 if self._keys[block] is None:
                     self._free.move_to_end(block, last=False)
 
+    def forget(self) -> None:
+        """Empty the prefix index: what the blocks hold is gone. Nobody may hold any."""
+        assert not self.num_used
+        self._keys = [None] * self.num_blocks
+        self._index.clear()
+
     def check(self, tables: Iterable[list[int]]) -> None:
         """Prove the books against the block tables of all who hold blocks."""
         held = Counter(block for table in tables for block in table)

@@ -49,11 +49,21 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     ids: list[int]
 
 
+class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
+    """Give memory back. Sent when nothing runs; nothing is sent after it but WakeUp and Shutdown."""
+
+    level: int  # 1: the KV pool, 2: the weights too
+
+
+class WakeUp(msgspec.Struct, frozen=True, tag="wake_up"):
+    pass
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     pass
 
 
-ToWorker = Start | Add | Abort | Shutdown
+ToWorker = Start | Add | Abort | Sleep | WakeUp | Shutdown
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -99,6 +109,12 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     stats: Stats
 
 
+class Slept(msgspec.Struct, frozen=True, tag="slept"):
+    """Done, what Sleep or WakeUp asked for."""
+
+    asleep: bool
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The worker cannot start or go on; `message` is for the operator's log."""
 
@@ -106,4 +122,4 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     exit_code: int
 
 
-FromWorker = Ready | Step | Failed
+FromWorker = Ready | Step | Slept | Failed

@@ -122,6 +122,12 @@ class Scheduler:
         sequence.computed = sequence.drafting = sequence.borrowed = 0
         sequence.status = status
 
+    def forget_cache(self) -> None:
+        """The KV pool is about to be given back, and the runner's rows with it. Only an idle scheduler can."""
+        assert self.idle
+        self._removed.clear()
+        self.pool.forget()
+
     # === A step ===
 
     def schedule(self) -> StepPlan | None:

@@ -1,0 +1,102 @@
+"""What a worker is made of, each part from the few numbers of `Start` it needs. Nothing here runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from model.config import read_config
+from model.gpt2 import GPT2
+from model.grammar import Grammars, Vocabulary
+from model.kv_cache import KVCache
+from model.loading import choose_device, choose_dtype, load_model
+from model.runner import Runner
+from model.speculative import Drafter, DraftModel, PromptLookup
+from model.tokenizer import read_tokenizer
+from model.weights import expected_shapes
+from server.worker.block_pool import BlockPool
+from server.worker.memory import pool_size
+from server.worker.messages import Start
+from server.worker.scheduler import Scheduler
+from server.worker.speculation import SpeculationController
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """The weights, on their device."""
+
+    device: torch.device
+    dtype: torch.dtype
+    network: GPT2
+    draft: GPT2 | None
+    backend: str
+
+    @property
+    def all(self) -> list[GPT2]:
+        return [self.network] if self.draft is None else [self.network, self.draft]
+
+
+def load_networks(start: Start) -> Networks:
+    """Raises ModelError."""
+    device = choose_device(start.device)
+    dtype = choose_dtype(start.dtype, device)
+    network, ops = load_model(Path(start.model), device, dtype, kernels=start.kernels)
+    draft = load_model(Path(start.draft_model), device, dtype, kernels=start.kernels)[0] if start.draft_model else None
+    return Networks(device, dtype, network, draft, f"{device}, {ops.describe()}")
+
+
+def count_blocks(start: Start, networks: Networks) -> int:
+    return pool_size(
+        kv_cache_bytes=start.kv_cache_bytes,
+        bytes_per_token=sum(each.config.kv_bytes_per_token(networks.dtype.itemsize) for each in networks.all),
+        block_size=start.block_size,
+        max_num_seqs=start.max_num_seqs,
+        max_model_len=start.max_model_len,
+    )
+
+
+def make_runner(start: Start, networks: Networks, num_blocks: int) -> Runner:
+    """With KV pools of its own, all zeros."""
+
+    def make_cache(network: GPT2) -> KVCache:
+        return KVCache(network.config, num_blocks, start.block_size, networks.dtype, networks.device)
+
+    drafter: Drafter | None = None
+    if start.drafts:
+        draft = networks.draft
+        drafter = PromptLookup() if draft is None else DraftModel(draft, make_cache(draft), networks.device)
+    return Runner(
+        networks.network,
+        make_cache(networks.network),
+        networks.device,
+        start.max_model_len,
+        drafter=drafter,
+        grammars=Grammars(lambda: _vocabulary(Path(start.model))),
+    )
+
+
+def make_scheduler(
+    start: Start, networks: Networks, num_blocks: int, speculation: SpeculationController | None
+) -> Scheduler:
+    return Scheduler(
+        BlockPool(num_blocks, start.block_size, enable_prefix_caching=start.prefix_caching),
+        max_num_seqs=start.max_num_seqs,
+        max_num_batched_tokens=start.max_num_batched_tokens,
+        max_model_len=start.max_model_len,
+        eos_token_id=networks.network.config.eos_token_id,
+        speculation=speculation,
+    )
+
+
+def make_speculation(start: Start, networks: Networks) -> SpeculationController | None:
+    """A drafter's step costs what it reads: its weights, next to the network's."""
+    weights = [sum(map(prod, expected_shapes(each.config).values())) for each in networks.all]
+    return SpeculationController(start.drafts, cost=sum(weights[1:]) / weights[0]) if start.drafts else None
+
+
+def _vocabulary(directory: Path) -> Vocabulary:
+    config = read_config(directory)
+    return Vocabulary(read_tokenizer(directory, config.vocab_size, config.eos_token_id))

@@ -22,7 +22,7 @@ from server.api.completions import CompletionService, cache_salt, while_there
 from server.api.limits import Limits
 from server.api.parsing import read_body_fields, read_object, unknown_fields
 from server.api.prompts import encode, read_prompts
-from server.api.schemas import Integer, Prompts, Wire, request_schema
+from server.api.schemas import Prompts, Wire, request_schema
 from server.engine.request import Generation, GenerationRequest, Prompt
 from server.errors import ContextLengthExceeded, InvalidRequest
 
@@ -34,9 +34,6 @@ class EmbeddingBody(Wire):
     input: Prompts = Field(description="text, texts, token ids or lists of them; none may be empty")
     encoding_format: Literal["float", "base64"] = Field(
         default="float", description="base64: little-endian float32, as the clients ask by default"
-    )
-    dimensions: Integer | None = Field(
-        default=None, ge=1, description="refused: a vector has the width of the model"
     )
     user: str = ""
 
@@ -63,7 +60,7 @@ def parse_embedding(raw: bytes, limits: Limits) -> tuple[EmbeddingBody, tuple[st
     """The body, its inputs, and the names of fields nobody knows. Raises InvalidRequest."""
     fields = read_object(raw)
     body = read_body_fields(EmbeddingBody, fields)
-    if body.dimensions is not None:
+    if "dimensions" in fields:  # a vector has the width of the model
         raise InvalidRequest(
             "'dimensions' is not supported by this server. Leave it out, or set it to null.",
             "dimensions",

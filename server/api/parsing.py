@@ -123,7 +123,7 @@ def unknown_fields(fields: Iterable[str], body: type[Wire], known: frozenset[str
     found = []
     for name in fields:
         if name not in body.model_fields and name not in known:
-            found.append(re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]))
+            found.append(re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]) or "?")  # h11 refuses a header that ends in a space
             if len(found) == IGNORED_SHOWN:
                 break
     return tuple(found)

@@ -79,7 +79,7 @@ class CompletionBody(Wire):
     temperature: float = Field(default=1.0, ge=0, le=2, description="0 takes the most likely token")
     top_p: float = Field(default=1.0, ge=0, le=1)
     n: Integer = Field(default=1, ge=1, description="choices for each prompt")
-    best_of: Integer | None = Field(default=None, ge=0, description="candidates for each prompt; the n best return")
+    best_of: Integer | None = Field(default=None, ge=1, description="candidates for each prompt; the n best return")
     stream: bool = False
     stream_options: StreamOptions | None = Field(default=None, description="only with stream")
     logprobs: Integer | None = Field(default=None, ge=0, description="0 is on: the sampled token's alone")

@@ -136,7 +136,8 @@ def test_the_document_is_whole(api: Api) -> None:
     assert {
         "/v1/completions", "/v1/engines/{engine_id}/completions", "/v1/models", "/v1/models/{model_id}", "/v1/engines",
         "/v1/engines/{engine_id}", "/health", "/ready", "/ping", "/version", "/load", "/metrics", "/tokenize",
-        "/detokenize", "/tokenizer_info", "/v1/chat/completions",
+        "/detokenize", "/tokenizer_info", "/v1/chat/completions", "/v1/embeddings",
+        "/v1/engines/{engine_id}/embeddings",
     } == set(document["paths"])  # fmt: skip
     operation = document["paths"]["/v1/completions"]["post"]
     properties = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
@@ -160,3 +161,8 @@ def test_a_wrong_method_is_told_every_right_one(api: Api) -> None:
     assert api.client.put("/ping").headers["allow"] == "GET, POST"
     assert api.client.put("/v1/completions").headers["allow"] == "POST"
     assert api.client.head("/v1/completions").status_code == 405
+
+
+def test_a_field_without_a_name_is_ignored_under_a_name(api: Api) -> None:
+    response = api.post(prompt="a", **{"": 1, "x": 2, " ": 3})
+    assert response.headers["x-ignored-fields"] == "?, x, ?"

@@ -62,7 +62,8 @@ class CompletionService:
         asked = parse_completion(raw, self.limits)
         name = self.model.resolve(asked.body.model) if engine_name is None else self.model.resolve_engine(engine_name)
         prompts = await encode(asked.prompts, self.tokenizer, self._keep_last(asked))
-        params = fit(prompts, asked.body.max_tokens, await self._params(asked), self.limits)
+        params = await self._params(asked)
+        params = fit(prompts, asked.body.max_tokens, params, self.limits, alike=asked.beam is not None)
         call = self._call(asked, prompts, params, caller_of(request.scope))
         generation = self.engine.submit(call)
         public_id = call.id if asked.body.request_id is None else f"cmpl-{asked.body.request_id}"
@@ -102,6 +103,7 @@ class CompletionService:
             params=params,
             n=body.n,
             best_of=asked.best_of,
+            beam=asked.beam,
             stop=asked.stop,
             include_stop_str_in_output=body.include_stop_str_in_output,
             echo=body.echo,

@@ -22,6 +22,7 @@ from server.api.schemas import INT64_MAX, CompletionBody, StreamOptions, Wire
 from server.api.structured import read_structure
 from server.api.unsupported import KNOWN, refuse_unsupported
 from server.engine.grammars import GrammarSource
+from server.engine.request import BeamParams, EarlyStopping
 from server.errors import InvalidRequest
 
 NOT_JSON = (
@@ -60,6 +61,7 @@ class CompletionRequest:
     prompts: tuple[RawPrompt, ...]
     params: SamplingParams  # not yet fitted to the context, and without what needs the tokenizer or a compiler
     structure: GrammarSource | None  # what the answer has to match
+    beam: BeamParams | None  # search instead of sampling
     best_of: int
     stop: tuple[str, ...]
     stream_options: StreamOptions
@@ -84,6 +86,7 @@ def parse_completion(raw: bytes, limits: Limits) -> CompletionRequest:
         prompts=prompts,
         params=_sampling_params(body, limits),
         structure=structure,
+        beam=_beam_params(body, structure),
         best_of=best_of,
         stop=stop,
         stream_options=body.stream_options or StreamOptions(),
@@ -137,7 +140,8 @@ def _explain(error: ValidationError) -> InvalidRequest:
     first = error.errors(include_url=False)[0]
     kind, value = first["type"], first["input"]
     param = str(first["loc"][0])
-    name = param if param == "logit_bias" else ".".join(map(str, first["loc"]))  # its keys are the client's own text
+    whole = param in {"logit_bias", "early_stopping"}  # its keys are the client's own text, or it has several types
+    name = param if whole else ".".join(map(str, first["loc"]))
     if kind == "missing":
         return InvalidRequest(f"Missing required parameter: '{name}'.", param, "missing_required_parameter")
     if kind in EXPECTED and not _is_huge(value):
@@ -228,7 +232,7 @@ def _check_choices(body: CompletionBody, prompts: int, limits: Limits) -> int:
             "don't specifically want to use them.)",
             "best_of",
         )
-    if body.stream and best_of > body.n:
+    if body.stream and best_of > body.n and not body.use_beam_search:
         raise InvalidRequest("'best_of' above 'n' cannot be streamed: the best is known only at the end.", "best_of")
     if prompts * best_of > limits.max_sequences:
         raise InvalidRequest(
@@ -262,6 +266,38 @@ def _check_together(body: CompletionBody, best_of: int, limits: Limits) -> None:
     _check_lengths("dry_sequence_breakers", body.dry_sequence_breakers, limits.max_breaker_length)
     if body.truncate_prompt_tokens == 0:
         raise InvalidRequest("'truncate_prompt_tokens' must be -1 or at least 1.", "truncate_prompt_tokens")
+
+
+SAMPLED = (
+    "top_p", "top_k", "min_p", "typical_p", "xtc_probability", "dry_multiplier", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "stop",
+    "prompt_logprobs",
+)  # fmt: skip
+BEAM_ENDS_MAX = 64
+
+
+def _beam_params(body: CompletionBody, structure: GrammarSource | None) -> BeamParams | None:
+    """Beams are ranked by what the model itself says: nothing that changes its distribution goes with them."""
+    if not body.use_beam_search:
+        for name in ("length_penalty", "early_stopping"):
+            if getattr(body, name) != CompletionBody.model_fields[name].default:
+                raise InvalidRequest(f"'{name}' is only defined with 'use_beam_search'.", name)
+        return None
+    other = [name for name in SAMPLED if getattr(body, name) != CompletionBody.model_fields[name].default]
+    if body.temperature not in {0, 1}:
+        other.append("temperature")
+    if body.echo and body.logprobs is not None:
+        other.append("logprobs")
+    if structure is not None:
+        other.append(structure.param)
+    if other:
+        raise InvalidRequest(f"'{other[0]}' and 'use_beam_search' cannot be given together.", other[0])
+    if body.max_tokens == 0:
+        raise InvalidRequest("'use_beam_search' needs 'max_tokens' of at least 1.", "max_tokens")
+    if len(body.stop_token_ids) > BEAM_ENDS_MAX:
+        message = f"'stop_token_ids' can hold {BEAM_ENDS_MAX} tokens at most with 'use_beam_search'."
+        raise InvalidRequest(message, "stop_token_ids")
+    return BeamParams(length_penalty=body.length_penalty, early_stopping=EarlyStopping(body.early_stopping))
 
 
 def _check_lengths(name: str, texts: list[str], most: int) -> None:

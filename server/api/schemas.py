@@ -118,6 +118,15 @@ class CompletionBody(Wire):
     prompt_logprobs: Integer | None = Field(default=None, ge=0, description="score the prompt too; not with stream")
     add_special_tokens: bool = Field(default=True, description="accepted; GPT-2 adds none")
     bad_words: list[Phrase] = Field(default=[], description="texts that are never generated, as whole runs of tokens")
+    use_beam_search: bool = Field(
+        default=False, description="search for the likeliest of best_of (else n) beams; a stream has them at its end"
+    )
+    length_penalty: float = Field(
+        default=1.0, ge=-10, le=10, description="of beams: log-probability / length ^ this; above 0 favours long ones"
+    )
+    early_stopping: bool | Literal["never"] = Field(
+        default=False, description="of beams: true stops once enough have ended, never when none can become better"
+    )
     # llama.cpp's samplers
     typical_p: float = Field(default=1.0, gt=0, le=1, description="locally typical sampling; 1 is off")
     xtc_probability: float = Field(default=0.0, ge=0, le=1, description="how often the top choices are excluded")

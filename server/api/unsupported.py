@@ -12,9 +12,6 @@ from server.errors import InvalidRequest
 # name: the values that ask for nothing (null always does)
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # vLLM
-    "use_beam_search": (False,),
-    "length_penalty": (1.0,),
-    "early_stopping": (False,),
     "best_of_beams": (),
     "guided_decoding_backend": ("auto", "guidance"),
     "structural_tag": (),

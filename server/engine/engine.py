@@ -14,11 +14,12 @@ from dataclasses import replace
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from server.engine.admission import Admission
+from server.engine.beam import BeamGeneration
 from server.engine.candidate import Candidate
 from server.engine.generation import RunningGeneration
 from server.engine.observer import Observer
 from server.engine.output import ChoiceOutput, TokenTexts
-from server.engine.request import GenerationRequest
+from server.engine.request import GenerationRequest, Prompt
 from server.engine.router import Router
 from server.errors import Draining, EngineError, Overloaded, TryLater
 from server.worker.channel import EngineChannel
@@ -66,13 +67,18 @@ class Engine:
         except TryLater as refusal:
             self._observer.rejected(refusal)
             raise
-        generation = RunningGeneration(request, self._candidates(request), self._close)
+        generation = self._generation(request)
         self._generations.add(generation)
-        for candidate in generation.candidates:
+        self._start_due(generation)
+        return generation
+
+    def _start_due(self, generation: RunningGeneration) -> None:
+        request = generation.request
+        for candidate in generation.due:
             self._running[candidate.id] = (candidate, generation)
             self._observer.admitted(candidate)
             self._send(candidate, request)
-        return generation
+        generation.due.clear()
 
     def _send(self, candidate: Candidate, request: GenerationRequest) -> None:
         """To the worker that suits it best; with none about, the next one that is ready takes it."""
@@ -89,6 +95,19 @@ class Engine:
             raise Overloaded("The model is still loading. Please try again shortly.")
         queued = [_prompt_tokens(each.request) for each in self._generations if not each.started]
         self._admission.check(_prompt_tokens(request), queued, self._observer.tokens_per_second)
+
+    def _generation(self, request: GenerationRequest) -> RunningGeneration:
+        if request.beam is None:
+            return RunningGeneration(request, self._candidates(request), self._close)
+
+        def output(prompt: Prompt, index: int) -> ChoiceOutput:
+            return ChoiceOutput(request, prompt, index, self._tokenizer, self._texts)
+
+        def start(prompt: Prompt, params: SamplingParams) -> Candidate:
+            return Candidate(next(self._ids), prompt, params, output(prompt, 0), echo=False)
+
+        eos = () if request.params.ignore_eos else (self._tokenizer.eos_token_id,)
+        return BeamGeneration(request, start, output, frozenset((*request.params.stop_token_ids, *eos)), self._close)
 
     def _candidates(self, request: GenerationRequest) -> list[Candidate]:
         candidates = []
@@ -146,6 +165,7 @@ class Engine:
             if candidate.finish is not None:
                 del self._running[candidate.id]
                 self._observer.finished(candidate, now)
+                self._start_due(generation)  # the next step of a beam search
                 if said.finish is None:  # a stop string ended it, of which the worker knows nothing
                     stopped.append(candidate)
                 else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from model.sampling_params import SamplingParams
@@ -16,6 +17,20 @@ class Prompt:
     text: str  # as echo shows it: decoded ids, bytes that are no UTF-8 as U+FFFD
 
 
+class EarlyStopping(Enum):
+    """When a beam search with enough finished beams ends; the names are transformers'."""
+
+    NO = False  # when no running beam is likely to beat them
+    YES = True  # at once
+    NEVER = "never"  # when no running beam can
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamParams:
+    length_penalty: float = 1.0  # a beam's score is its log-probability / length ^ length_penalty
+    early_stopping: EarlyStopping = EarlyStopping.NO
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One completion call, tokenised and right by construction. It has len(prompts) x n choices."""
@@ -24,7 +39,8 @@ class GenerationRequest:
     prompts: list[Prompt]
     params: SamplingParams  # of choice 0; choice k differs by `choice` alone
     n: int = 1
-    best_of: int = 1  # >= n; the n of best mean log-probability are returned
+    best_of: int = 1  # >= n; the n of best mean log-probability are returned. With beams: how many are kept
+    beam: BeamParams | None = None  # search instead of sampling
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     echo: bool = False

@@ -21,6 +21,7 @@ from server.api.parsing import CompletionRequest, parse_completion
 from server.api.schemas import CompletionBody, completion_schema
 from server.api.unsupported import KNOWN
 from server.engine.grammars import GrammarKind
+from server.engine.request import BeamParams, EarlyStopping
 from server.errors import InvalidRequest
 
 MADE = {"choice", "dry", "grammar", "pooled"}  # of several fields, or not of any
@@ -124,6 +125,27 @@ def test_a_structure_or_sampler_that_is_wrong_is_refused_by_name(fields: dict[st
 def test_two_structures_or_one_without_an_end_are_refused() -> None:
     assert refusal(prompt="a", guided_regex="a", guided_json={}).param == "guided_regex"
     assert refusal(prompt="a", guided_regex="a", ignore_eos=True).param == "ignore_eos"
+
+
+def test_beams() -> None:
+    request = parse(
+        prompt="a", use_beam_search=True, n=2, best_of=4, length_penalty=2, early_stopping="never", stream=True
+    )
+    assert request.beam == BeamParams(length_penalty=2.0, early_stopping=EarlyStopping.NEVER)
+    assert (request.body.n, request.best_of) == (2, 4)
+    assert parse(prompt="a", use_beam_search=True, temperature=0, seed=3).beam == BeamParams()
+    assert parse(prompt="a", use_beam_search=False, length_penalty=1.0, early_stopping=False).beam is None
+
+
+@pytest.mark.parametrize("fields", [
+    {"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"typical_p": 0.5}, {"presence_penalty": 1},
+    {"repetition_penalty": 1.1}, {"logit_bias": {"5": 1}}, {"bad_words": ["a"]}, {"guided_regex": "a"}, {"stop": "a"},
+    {"allowed_token_ids": [1]}, {"dry_multiplier": 1}, {"xtc_probability": 0.5}, {"prompt_logprobs": 1},
+    {"logprobs": 1, "echo": True}, {"max_tokens": 0, "echo": True}, {"stop_token_ids": list(range(65))},
+    {"early_stopping": 1}, {"early_stopping": "yes"}, {"length_penalty": 11},
+], ids=str)  # fmt: skip
+def test_what_changes_the_distribution_does_not_go_with_beams(fields: dict[str, Any]) -> None:
+    assert refusal(prompt="a", use_beam_search=True, **fields).param == next(iter(fields))
 
 
 def test_echo_with_logprobs_scores_the_prompt() -> None:

@@ -30,7 +30,7 @@ CPU_SECONDS = 0.3  # a worker will spend as much on it, once
 SECONDS = 0.8  # by the clock
 MEMORY_MAX = 1 << 30
 SHOWN = 200  # characters of the compiler's own words
-TOO_EXPENSIVE = "compiling it takes too long"
+TOO_EXPENSIVE = "compiling it takes too much time or memory"
 
 
 def to_grammar(source: GrammarSource) -> str:

@@ -46,9 +46,16 @@ def mean_loss(network: Network, tokens: npt.NDArray[np.int64], stride: int) -> f
         if fresh <= 0:
             break
         hidden = network(window[:-1].unsqueeze(0))[0, -fresh:]
-        total += float(linear_cross_entropy(hidden, network.head, window[-fresh:])) * fresh
+        total += float(linear_cross_entropy(hidden, network.head.detach(), window[-fresh:])) * fresh
         scored += fresh
     return total / (len(tokens) - 1)
+
+
+def spread_loss(network: Network, tokens: npt.NDArray[np.int64], windows: int) -> float:
+    """Nats a token over that many windows of a whole context, spread evenly: a quick look at a long text."""
+    context = network.config.n_positions
+    begins = np.linspace(0, len(tokens) - context - 1, windows).astype(np.int64)
+    return float(np.mean([mean_loss(network, tokens[begin : begin + context + 1], context) for begin in begins]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE", help=".txt or .txt.xz")
     parser.add_argument("--lambada", type=Path, metavar="FILE", help='lines of {"text": ...}')
     parser.add_argument("--stride", type=int, default=512, metavar="N", help="of the windows (%(default)s)")
+    parser.add_argument("--windows", type=int, metavar="N", help="score only N windows of each text, spread evenly")
     args = parser.parse_args(arguments)
     network = load_network(args.model)
     config = network.config
     tokenizer = read_tokenizer(args.model, config.vocab_size, config.eos_token_id)
     for path in args.text:
         ids = [id_ for text in read_documents(path) for id_ in [config.eos_token_id, *tokenizer.encode(text)]]
-        loss = mean_loss(network, np.array(ids), args.stride)
-        print(f"{path.name}: {len(ids) - 1} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}", flush=True)
+        tokens = np.array(ids)
+        sparse = args.windows is not None
+        loss = spread_loss(network, tokens, args.windows) if sparse else mean_loss(network, tokens, args.stride)
+        count = args.windows * config.n_positions if sparse else len(ids) - 1
+        print(f"{path.name}: {count} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}", flush=True)
     if args.lambada:
         passages = [json.loads(line)["text"] for line in args.lambada.read_text("utf-8").splitlines()]
         words = last_words(network, tokenizer, passages)

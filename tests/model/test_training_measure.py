@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel
 from model.tokenizer import read_tokenizer
 from model.training.curve import draw
 from model.training.log import Log, Row
-from model.training.measure import last_words, load_network, main, mean_loss
+from model.training.measure import last_words, load_network, main, mean_loss, spread_loss
 
 Make = Callable[..., tuple[Path, GPT2LMHeadModel]]
 VOCAB = Path(__file__).parents[2] / "model" / "default"
@@ -46,6 +46,13 @@ def test_every_token_is_scored_once_in_the_first_window_that_reaches_it(
     first = {at: stride * max(0, math.ceil((at - CONTEXT) / stride)) for at in range(1, length)}
     expected = np.mean([windows[begin][at - begin - 1] for at, begin in first.items()])
     assert mean_loss(load_network(directory), tokens, stride) == pytest.approx(expected, abs=1e-4)
+
+
+def test_spread_windows_reach_both_ends(make_checkpoint: Make) -> None:
+    directory, oracle = make_checkpoint()
+    tokens = np.random.default_rng(0).integers(503, size=1000)
+    ends = [oracle_losses(oracle, window).mean() for window in (tokens[: CONTEXT + 1], tokens[-CONTEXT - 1 :])]
+    assert spread_loss(load_network(directory), tokens, windows=2) == pytest.approx(np.mean(ends), abs=1e-4)
 
 
 def test_last_words_and_perplexity_are_reported(

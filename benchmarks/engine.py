@@ -93,7 +93,7 @@ class Engine:
         said = self._scheduler.update(plan, result)
         now = perf_counter()
         rows = plan.tokens + sum(result.drafted.values())
-        if self._speculation is not None:
+        if self._speculation is not None and plan.decodes:
             self._speculation.observe(rows, now - began)
         if self._budget is not None:
             least = self._scheduler.num_running + PREFILL_LEAST

@@ -49,6 +49,11 @@ class StepPlan:
         """Known ones: how many guesses there are on top, the result says."""
         return sum(chunk.count for chunk in self.chunks)
 
+    @property
+    def decodes(self) -> bool:
+        """It computes no prompts: every row of it is sampled, guesses too."""
+        return all(chunk.samples and chunk.count == 1 for chunk in self.chunks)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:

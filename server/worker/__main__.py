@@ -130,7 +130,7 @@ class Worker:
         outputs = self._scheduler.update(plan, result)
         seconds = time.perf_counter() - began
         rows = plan.tokens + sum(result.drafted.values())
-        if self._speculation is not None:
+        if self._speculation is not None and plan.decodes:
             self._speculation.observe(rows, seconds)
         if self._budget is not None:
             least = self._scheduler.num_running + PREFILL_LEAST

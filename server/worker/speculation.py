@@ -26,7 +26,7 @@ class SpeculationController:
         self._lengths: dict[tuple[int, int], int] = {}  # what was worked out since the last step
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Take in one step: known tokens and guesses alike are rows."""
+        """Take in one step of decoding: known tokens and guesses alike are rows. A prompt's rows cost less."""
         size = rows.bit_length()
         mean_rows, mean_seconds = self._seen.get(size, (float(rows), seconds))
         self._seen[size] = (

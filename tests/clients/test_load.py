@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+from outside import Environment
 from serving import RunningServer
+
+from server.checkpoint import EMBEDDED
 
 STREAMS = 8
 TOKENS = 24
@@ -101,3 +108,29 @@ def test_the_requests_of_guidellm(server: RunningServer) -> None:
             assert timed.usage is not None
             assert timed.usage["prompt_tokens_details"].keys() == {"cached_tokens"}
             assert len(timed.arrivals) <= TOKENS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_guidellm(server: RunningServer, environment: Environment, tmp_path: Path) -> None:
+    """Completes without a failure; what it counts is what was asked for, and its times are those of single tokens."""
+    python = environment("guidellm", "guidellm==0.8.1", beside_ours=True, timeout=600)
+    name = httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"]
+    report = tmp_path / "report.json"
+    command = [
+        python.parent / "guidellm", "run", "--disable-console",
+        "--backend", f"kind=openai_http,target={server.url},model={name},request_format=/v1/completions",
+        "--profile", f"kind=concurrent,streams={STREAMS}", "--constraint", "kind=max_requests,count=40",
+        "--data", f"kind=synthetic_text,prompt_tokens=64,output_tokens={TOKENS}",
+        "--tokenizer", f"kind=huggingface_auto,model={EMBEDDED}", "--output", f"kind=json,path={report}",
+    ]  # fmt: skip
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    (benchmark,) = json.loads(report.read_text("utf-8"))["benchmarks"]
+    metrics = benchmark["metrics"]
+    totals = metrics["request_totals"]
+    assert (totals["successful"], totals["errored"]) == (40, 0)
+    assert metrics["output_token_count"]["successful"]["mean"] == TOKENS
+    first, between = (metrics[each]["successful"] for each in ("time_to_first_token_ms", "inter_token_latency_ms"))
+    assert 0 < between["median"] < first["median"] < 30_000

@@ -33,7 +33,7 @@ from server.worker.speculation import SpeculationController
 
 BLOCK_SIZE = 16
 SEATS = 64
-PREFILL_LEAST = 16
+PREFILL_LEAST = 4
 REPEATING = [464, 3797, 3332, 319, 262, 2603, 290, 262, 3290, 3332, 319, 262, 11845, 13] * 12
 
 

@@ -28,6 +28,7 @@ from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.grammars import GrammarChecker, checker_command
 from server.engine.observer import Observer
+from server.engine.quota import TokenBuckets
 from server.engine.supervisor import Supervisor
 from server.errors import Draining, EngineError
 from server.http import BACKLOG, HTTPServer, http_server
@@ -112,7 +113,9 @@ def build(settings: Settings) -> tuple[Service, ServedModel]:
     served = _served_model(settings, checkpoint, max_model_len)
     metrics = Metrics(served.name, __version__)
     admission = Admission(settings.max_num_queued_reqs, settings.max_num_queued_tokens)
-    engine = Engine(tokenizer, admission, Observer(metrics), settings.workers)
+    per_minute = settings.max_tokens_per_minute
+    buckets = None if per_minute is None else TokenBuckets(per_minute)
+    engine = Engine(tokenizer, admission, Observer(metrics), settings.workers, buckets)
     directory = str(checkpoint.directory)
     grammars = GrammarChecker(checker_command(directory, config.vocab_size, config.eos_token_id))
     app = create_app(

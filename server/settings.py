@@ -97,6 +97,9 @@ class Settings(BaseSettings):
     )
 
     # Limits
+    max_tokens_per_minute: int | None = _flag(
+        "limits", "tokens of prompts and completions a key may use in a minute; default: any number", None, ge=1
+    )
     max_num_queued_reqs: int = _flag("limits", "requests that may wait for their first token", 256, ge=1)
     max_num_queued_tokens: int = _flag("limits", "prompt tokens that may wait", 65536, ge=1)
     max_logprobs: int = _flag("limits", "largest logprobs a request may ask for", 20, ge=0, le=1000)

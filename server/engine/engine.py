@@ -19,9 +19,10 @@ from server.engine.candidate import Candidate
 from server.engine.generation import RunningGeneration
 from server.engine.observer import Observer
 from server.engine.output import ChoiceOutput, TokenTexts
+from server.engine.quota import TokenBuckets
 from server.engine.request import GenerationRequest, Prompt
 from server.engine.router import Router
-from server.errors import Draining, EngineError, Overloaded, TryLater
+from server.errors import Draining, EngineError, Overloaded, RateLimited, TryLater
 from server.worker.channel import EngineChannel
 from server.worker.messages import Abort, Ready, Sleep, Slept, Step, WakeUp
 
@@ -29,11 +30,19 @@ POLL = 0.01  # seconds between looks at whether workers sleep or are awake
 
 
 class Engine:
-    def __init__(self, tokenizer: Tokenizer, admission: Admission, observer: Observer, workers: int = 1) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        admission: Admission,
+        observer: Observer,
+        workers: int = 1,
+        buckets: TokenBuckets | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._texts = TokenTexts(tokenizer)
         self._admission = admission
         self._observer = observer
+        self._buckets = buckets  # None lets every key ask for as much as it likes
         self._ids = itertools.count(1)
         self._generations: set[RunningGeneration] = set()
         self._running: dict[int, tuple[Candidate, RunningGeneration]] = {}  # by candidate id, until its last token
@@ -61,12 +70,16 @@ class Engine:
         return len(self._generations)
 
     def submit(self, request: GenerationRequest) -> RunningGeneration:
-        """Raises Overloaded or Draining. A request admitted while a worker is being replaced waits for the new one."""
+        """Raises Overloaded, Draining or RateLimited.
+
+        A request admitted while a worker is being replaced waits for the new one.
+        """
         try:
             self._admit(request)
         except TryLater as refusal:
             self._observer.rejected(refusal)
             raise
+        self._charge(request, _cost(request))
         generation = self._generation(request)
         self._generations.add(generation)
         self._start_due(generation)
@@ -93,8 +106,15 @@ class Engine:
             raise Overloaded("The server is asleep; an operator has to wake it up (POST /wake_up).")
         if self.worker is None or self._dead:
             raise Overloaded("The model is still loading. Please try again shortly.")
+        wait = 0.0 if self._buckets is None else self._buckets.wait(request.key_name, time.monotonic())
+        if wait > 0:
+            raise RateLimited("This key has used up its tokens per minute. Please try again later.", retry_after=wait)
         queued = [_prompt_tokens(each.request) for each in self._generations if not each.started]
         self._admission.check(_prompt_tokens(request), queued, self._observer.tokens_per_second)
+
+    def _charge(self, request: GenerationRequest, tokens: int) -> None:
+        if self._buckets is not None:
+            self._buckets.take(request.key_name, tokens, time.monotonic())
 
     def _generation(self, request: GenerationRequest) -> RunningGeneration:
         if request.beam is None:
@@ -121,6 +141,8 @@ class Engine:
     def _close(self, generation: RunningGeneration) -> None:
         """The one place where a request leaves. What still runs of it is aborted."""
         self._generations.discard(generation)
+        used = generation.usage
+        self._charge(generation.request, used.prompt_tokens + used.completion_tokens - _cost(generation.request))
         left = [candidate for candidate in generation.live if self._running.pop(candidate.id, None)]
         for candidate in left:
             self._observer.aborted(candidate)
@@ -255,6 +277,11 @@ class Engine:
 
 def _prompt_tokens(request: GenerationRequest) -> int:
     return sum(len(prompt.token_ids) for prompt in request.prompts)
+
+
+def _cost(request: GenerationRequest) -> int:
+    """Tokens it may use at most."""
+    return _prompt_tokens(request) + len(request.prompts) * request.best_of * request.params.max_tokens
 
 
 def _params_of(request: GenerationRequest, k: int) -> SamplingParams:

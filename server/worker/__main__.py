@@ -42,7 +42,7 @@ from server.worker.parts import (
 )
 
 EXIT_CONFIG = 78
-PREFILL_LEAST = 16  # tokens of prompts that a step may take, however many streams run and however slow the machine is
+PREFILL_LEAST = 4  # tokens of prompts that a step may take, however many streams run and however slow the machine is
 
 
 class Worker:

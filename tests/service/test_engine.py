@@ -158,3 +158,14 @@ def test_what_can_never_fit_is_refused_at_once_and_nothing_behind_it_waits(idle:
             assert refused.json()["error"]["code"] == "context_length_exceeded"
         assert min(times) < 0.05  # the least of five: others use this machine too
         assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_a_key_that_has_had_its_share_is_told_when_to_come_back(tiny: Path) -> None:
+    with serving(tiny, "--threads", "1", "--max-tokens-per-minute", "60") as server:
+        request = {"prompt": [5] * 30, "max_tokens": 50, "ignore_eos": True}
+        assert server.complete(**request)["usage"]["total_tokens"] == 80  # more than a minute's worth, on credit
+        refused = httpx.post(f"{server.url}/v1/completions", json=request)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert 10 < int(refused.headers["retry-after"]) <= 21  # 20 tokens owed, at one a second
+        assert server.metrics()['gpt2_requests_rejected_total{reason="rate_limited"}'] == 1

@@ -6,7 +6,7 @@ requests, or of who owns a block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,9 +47,20 @@ class GPT2:
         self._final_norm = _norm(config, weights, "ln_f", ops)
         tied = config.tie_word_embeddings
         self._head = ops.linear(weights["wte.weight" if tied else "lm_head.weight"], None)
+        self._fused: tuple[KVCache, Callable[[Batch], Tensor] | None] | None = None  # of the cache seen last
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Compute a step's tokens and store their keys and values. Returns hidden states (rows, n_embd)."""
+        """Compute a step's tokens and store their keys and values.
+
+        Returns hidden states (rows, n_embd), good until the next call.
+        """
+        if self._fused is None or self._fused[0] is not cache:
+            parts = self._token_embedding, self._position_embedding, self._layers
+            self._fused = cache, self._ops.fuse(*parts, cache, self.config.activation)
+        fused = self._fused[1]
+        return self._layer_by_layer(batch, cache) if fused is None else fused(batch)
+
+    def _layer_by_layer(self, batch: Batch, cache: KVCache) -> Tensor:
         hidden = self._ops.embed(batch, self._token_embedding, self._position_embedding)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             hidden = layer(hidden, layer_cache, batch, self._ops, self.config.activation)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from model.attention import attention, write_kv
 from model.batch import Batch
-from model.kv_cache import LayerCache
+from model.config import Activation
+from model.kv_cache import KVCache, LayerCache
 from model.linear import Linear, OneDNNLinear, PlainLinear
 
 
@@ -29,6 +31,17 @@ class Ops(Protocol):
     def embed(self, batch: Batch, token_embedding: Tensor, position_embedding: Tensor) -> Tensor: ...
     def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None: ...
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor: ...
+    def fuse(
+        self,
+        token_embedding: Tensor,
+        position_embedding: Tensor,
+        layers: Sequence[Any],
+        cache: KVCache,
+        activation: Activation,
+    ) -> Callable[[Batch], Tensor] | None:
+        """All layers in one call, with the bits of one after the other; None where there is no such thing."""
+        ...
+
     def describe(self) -> str:
         """A few words for the start-up line."""
         ...
@@ -59,6 +72,16 @@ class TorchOps:
 
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
         return attention(qkv, cache, batch, scale)
+
+    def fuse(
+        self,
+        token_embedding: Tensor,
+        position_embedding: Tensor,
+        layers: Sequence[Any],
+        cache: KVCache,
+        activation: Activation,
+    ) -> None:
+        return None
 
     def describe(self) -> str:
         return f"{str(self._dtype).removeprefix('torch.')}, PyTorch {torch.__version__}"

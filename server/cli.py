@@ -15,7 +15,7 @@ from server.settings import Settings, SettingsError, flags, read_settings
 from server.worker.messages import Ready
 
 EXIT_CONFIG = 78
-EXAMPLE_PROMPT = "The old man looked out over the sea and"
+EXAMPLE = '"prompt": "It was a dark and stormy night, and", "max_tokens": 40, "temperature": 0.7, "seed": 3'
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def _serve(settings: Settings) -> int:
 
 def _announce(url: str, served: ServedModel, ready: Ready) -> None:
     tokens = ready.num_blocks * ready.block_size
-    body = f'{{"model": "{served.name}", "prompt": "{EXAMPLE_PROMPT}", "max_tokens": 40, "temperature": 0.8}}'
+    body = f'{{"model": "{served.name}", {EXAMPLE}}}'
     print(
         f"{served.name} on {ready.backend}; KV cache for {tokens:,} tokens; ready in {ready.load_seconds:.1f} s",
         f"Serving on {url}, until Ctrl-C. Try:",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ from serving import RunningServer, serving
 import model
 from model.config import read_config
 from model.weights import expected_shapes
+
+# Idle OpenMP threads would spin on cores that tests share with servers they start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+torch.set_num_threads(1)
 
 EMBEDDED = Path(model.__file__).parent / "default"
 TINY = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 1024, "vocab_size": 50257}

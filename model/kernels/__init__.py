@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.config import Activation
-from model.kv_cache import LayerCache
+from model.kv_cache import KVCache, LayerCache
 
 HUGE_PAGE = 2 << 20
 MAX_HEAD_DIM = 256  # KB in kernels.h
@@ -365,6 +365,16 @@ class KernelOps:
 
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
         return self._kernels.attention(qkv, cache, batch, scale)
+
+    def fuse(
+        self,
+        token_embedding: Tensor,
+        position_embedding: Tensor,
+        layers: Sequence[Layer],
+        cache: KVCache,
+        activation: Activation,
+    ) -> Forward:
+        return Forward(self._kernels, token_embedding, position_embedding, layers, cache.layers, activation)
 
     def describe(self) -> str:
         return f"{self._storage.name.lower()}, {self._kernels.describe()}"

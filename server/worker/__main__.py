@@ -51,7 +51,6 @@ class Worker:
     def __init__(self, start: Start, channel: WorkerChannel) -> None:
         """Loads the model and says Ready. Raises ModelError."""
         began = time.perf_counter()
-        torch.set_num_threads(start.threads)
         networks = load_networks(start)
         self._start = start
         self._channel = channel

@@ -11,6 +11,7 @@ import torch
 from model.config import read_config
 from model.gpt2 import GPT2
 from model.grammar import Grammars, Vocabulary
+from model.kernels import KernelOps
 from model.kv_cache import KVCache
 from model.loading import choose_device, choose_dtype, load_model
 from model.runner import Runner
@@ -41,10 +42,13 @@ class Networks:
 
 def load_networks(start: Start) -> Networks:
     """Raises ModelError."""
+    torch.set_num_threads(start.threads)
     device = choose_device(start.device)
     dtype = choose_dtype(start.dtype, device)
     network, ops = load_model(Path(start.model), device, dtype, kernels=start.kernels)
     draft = load_model(Path(start.draft_model), device, dtype, kernels=start.kernels)[0] if start.draft_model else None
+    if isinstance(ops, KernelOps):  # they have threads of their own, with which PyTorch's would fight for the cores
+        torch.set_num_threads(1)
     return Networks(device, dtype, network, draft, f"{device}, {ops.describe()}")
 
 

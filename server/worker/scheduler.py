@@ -112,7 +112,7 @@ class Scheduler:
         self.preemptions += 1
 
     def _leave(self, sequence: Sequence, status: Status) -> None:
-        """Take a sequence off the queue it is in. The only place where blocks are freed."""
+        """Take a sequence off the queue it is in. All blocks are freed here, but those lent to guesses."""
         queue = self._running if sequence.status is Status.RUNNING else self._waiting
         del queue[bisect_left(queue, sequence.rank, key=_rank)]
         if sequence.status is Status.RUNNING:

@@ -137,6 +137,13 @@ def alone(message: Add, max_model_len: int) -> tuple[list[int], FinishReason]:
             return output, FinishReason.STOP
 
 
+class Eager(SpeculationController):
+    """A length that never adapts, so that tests see as many guesses as there can be."""
+
+    def length(self, acceptance: float, streams: int) -> int:
+        return self._most
+
+
 @dataclass
 class Client:
     """What the other end knows of a sequence, and what it has received."""

@@ -9,11 +9,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from simulation import Simulation, alone
+from simulation import Eager, Simulation, alone
 
 from model.sampling_params import SamplingParams
 from server.worker.messages import Add
-from server.worker.speculation import SpeculationController
 
 SHARED = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4]  # prompts are its beginnings
 MAX_MODEL_LEN = 40
@@ -53,7 +52,7 @@ def new_simulation(random: Random) -> Simulation:
         ageing_steps=random.choice([1, 4, 20]),
         caching=random.random() < 0.8,
         depth=random.choice([1, 1, 2, 3]),
-        speculation=SpeculationController(random.choice([1, 3, 8]), cost=0.0) if random.random() < 0.5 else None,
+        speculation=Eager(random.choice([1, 3, 8]), cost=0.0) if random.random() < 0.5 else None,
     )
 
 

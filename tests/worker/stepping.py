@@ -47,17 +47,11 @@ class Answer:
     finish: FinishReason | None = None
 
 
-class Guesser:
+class Eager(SpeculationController):
     """A length that never adapts, so that tests see as many guesses as there can be."""
 
-    def __init__(self, drafts: int) -> None:
-        self._controller = SpeculationController(drafts, cost=0.0)
-        self._drafts = drafts
-        self.learned = self._controller.learned
-        self.rested = self._controller.rested
-
     def length(self, acceptance: float, streams: int) -> int:
-        return self._drafts
+        return self._most
 
 
 class Stepper:
@@ -77,7 +71,7 @@ class Stepper:
             max_num_batched_tokens=shape.budget,
             max_model_len=max_model_len,
             eos_token_id=network.config.eos_token_id,
-            speculation=None if drafter is None else Guesser(shape.drafts),  # type: ignore[arg-type]
+            speculation=None if drafter is None else Eager(shape.drafts, cost=0.0),
         )
         self._runner = Runner(network, cache(network), CPU, max_model_len, drafter=drafter)
         self.answers: dict[int, Answer] = {}

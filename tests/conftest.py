@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,6 +21,8 @@ from model.weights import expected_shapes
 # Idle OpenMP threads would spin on cores that tests share with servers they start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("shared", deadline=None)  # the cores are shared: time proves nothing
+hypothesis.settings.load_profile("shared")
 
 EMBEDDED = Path(model.__file__).parent / "default"
 TINY = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 1024, "vocab_size": 50257}

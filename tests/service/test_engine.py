@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -52,15 +54,32 @@ def test_prompt_lookup_and_target_itl_change_no_answer(tiny: Path, expected: lis
         assert server.metrics()["gpt2_spec_decode_num_draft_tokens_total"] > 0
 
 
-def test_a_speculative_model_needs_the_same_vocabulary_and_its_method(tiny: Path, tmp_path: Path) -> None:
-    for flags, line in (
-        (["--speculative-method", "model"], "need each other"),
-        (["--speculative-model", str(tmp_path)], "need each other"),
-    ):
-        process = start(tiny, *flags)
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 78
-        assert line in out
+def test_a_speculative_model_changes_no_answer(tiny: Path, expected: list[Any]) -> None:
+    flags = ("--speculative-method", "model", "--speculative-model", str(tiny), "--threads", "1")
+    with serving(tiny, *flags) as server:
+        assert answers(server) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "line"),
+    [
+        ({}, ["--speculative-method", "model"], "need each other"),
+        ({}, ["--speculative-model", "DRAFT"], "need each other"),
+        ({"vocab_size": 100}, ["--speculative-method", "model", "--speculative-model", "DRAFT"], "has 100 tokens"),
+        ({"n_positions": 64}, ["--speculative-method", "model", "--speculative-model", "DRAFT"], "has 64 positions"),
+    ],
+)
+def test_a_speculative_model_must_suit_the_model(
+    change: dict[str, int], flags: list[str], line: str, tiny: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change | ({"eos_token_id": 99} if change else {})))
+    shutil.copy(tiny / "model.safetensors", tmp_path)
+    process = start(tiny, *[flag.replace("DRAFT", str(tmp_path)) for flag in flags])
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 78, out
+    assert line in out
+    assert "Traceback" not in out
 
 
 @pytest.fixture(scope="module")

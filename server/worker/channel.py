@@ -70,15 +70,26 @@ class EngineChannel:
         self._writer = writer
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
         self._encoder = msgspec.msgpack.Encoder()
+        self._outgoing = bytearray()
 
     @classmethod
     async def open(cls, sock: socket.socket) -> EngineChannel:
         return cls(*await asyncio.open_connection(sock=sock, limit=READ_BYTES))
 
     def send(self, message: ToWorker) -> None:
-        """Never waits: what is queued here was admitted, so it is bounded. A dead worker's channel swallows it."""
+        """Never waits: what is queued here was admitted, so it is bounded. A dead worker's channel swallows it.
+
+        What is sent in one turn of the event loop goes out in one write, so that the sequences of a request start in
+        the same step.
+        """
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outgoing += _frame(self._encoder.encode(message))
+
+    def _flush(self) -> None:
         if not self._writer.is_closing():
-            self._writer.write(_frame(self._encoder.encode(message)))
+            self._writer.write(bytes(self._outgoing))
+        self._outgoing.clear()
 
     async def receive(self) -> FromWorker | None:
         """The next message; None when the worker is gone."""

@@ -11,7 +11,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.config import Activation
+from model.kernels import structs
 from model.kv_cache import KVCache, LayerCache
 
 HUGE_PAGE = 2 << 20
-MAX_HEAD_DIM = 256  # KB in kernels.h
 PADDING = 32  # MAX_PANEL in kernels.h
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "vnni": 3}
 
@@ -45,114 +45,6 @@ _ACTIVATIONS = {
     Activation.RELU: 3,
     Activation.SILU: 4,
 }
-
-# === The structs of kernels.h ===
-
-
-class _Linear(Structure):
-    _fields_ = [
-        ("inputs", c_int64),
-        ("outputs", c_int64),
-        ("kind", c_int64),
-        ("panels", c_void_p),
-        ("bias", c_void_p),
-        ("scale", c_void_p),
-    ]
-
-
-class _Batch(Structure):
-    _fields_ = [
-        ("rows", c_int64),
-        ("sequences", c_int64),
-        ("table_width", c_int64),
-        ("tokens", c_void_p),
-        ("positions", c_void_p),
-        ("slots", c_void_p),
-        ("query_starts", c_void_p),
-        ("block_tables", c_void_p),
-        ("packed", c_void_p),
-        ("tiles", c_void_p),
-        ("tile_count", c_int64),
-    ]
-
-
-class _LinearCall(Structure):
-    _fields_ = [
-        ("w", POINTER(_Linear)),
-        ("x", c_void_p),
-        ("residual", c_void_p),
-        ("y", c_void_p),
-        ("act", c_int32),
-    ]
-
-
-class _PackCall(Structure):
-    _fields_ = [
-        ("w", POINTER(_Linear)),
-        ("weight", c_void_p),
-        ("stride_out", c_int64),
-        ("stride_in", c_int64),
-    ]
-
-
-class _NormCall(Structure):
-    _fields_ = [
-        ("x", c_void_p),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("y", c_void_p),
-        ("width", c_int64),
-        ("epsilon", c_float),
-    ]
-
-
-class _EmbedCall(Structure):
-    _fields_ = [
-        ("wte", c_void_p),
-        ("wpe", c_void_p),
-        ("y", c_void_p),
-        ("width", c_int64),
-    ]
-
-
-class _KV(Structure):
-    _fields_ = [
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("heads", c_int64),
-        ("block_size", c_int64),
-        ("head_dim", c_int64),
-        ("half", c_int32),
-    ]
-
-
-class _AttentionCall(Structure):
-    _fields_ = [
-        ("kv", _KV),
-        ("qkv", c_void_p),
-        ("out", c_void_p),
-        ("scale", c_float),
-    ]
-
-
-class _Step(Structure):
-    _fields_ = [
-        ("op", c_int64),
-        ("call", c_void_p),
-    ]
-
-
-class _Op(IntEnum):
-    PACK = 0
-    LINEAR = 1
-    NORM = 2
-    EMBED = 3
-    WRITE_KV = 4
-    ATTENTION = 5
-
-
-_Call = _PackCall | _LinearCall | _NormCall | _EmbedCall | _AttentionCall
-
 
 # === Loading ===
 
@@ -175,13 +67,13 @@ class Kernels:
     def describe(self) -> str:
         return f"C kernels ({self._library.kernels_level_name(self.level).decode()})"
 
-    def run(self, steps: ctypes.Array[_Step], batch: _Batch) -> None:
+    def run(self, steps: ctypes.Array[structs.Step], batch: structs.BatchStruct) -> None:
         self._library.kernels_run(self.level, steps, len(steps), byref(batch))
 
-    def run_one(self, op: _Op, call: _Call, batch: _Batch) -> None:
-        self.run(_steps([(op, call)]), batch)
+    def run_one(self, op: structs.Op, call: structs.Call, batch: structs.BatchStruct) -> None:
+        self.run(structs.steps([(op, call)]), batch)
 
-    def panels_bytes(self, linear: _Linear) -> int:
+    def panels_bytes(self, linear: structs.Linear) -> int:
         return int(self._library.kernels_panels_bytes(self.level, byref(linear)))
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None, storage: Storage = Storage.FP32) -> PackedLinear:
@@ -196,23 +88,23 @@ class Kernels:
         """wte[tokens] + wpe[positions]; tokens and positions: (rows,) int64. Returns (rows, width)."""
         assert tokens.dtype == positions.dtype == torch.int64
         out = torch.empty(len(tokens), wte.shape[1])
-        batch = _Batch(rows=len(tokens), tokens=tokens.data_ptr(), positions=positions.data_ptr())
-        self.run_one(_Op.EMBED, _embed_call(wte, wpe, out), batch)
+        batch = structs.BatchStruct(rows=len(tokens), tokens=tokens.data_ptr(), positions=positions.data_ptr())
+        self.run_one(structs.Op.EMBED, structs.embed_call(wte, wpe, out), batch)
         return out
 
     def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None:
         """Store the keys and values of qkv: (rows, 3 * n_embd) at slots: (rows,) int64, in the layout of kernels.h."""
         assert slots.dtype == torch.int64
-        qkv = _ready(qkv)
-        batch = _Batch(rows=len(slots), slots=slots.data_ptr())
-        self.run_one(_Op.WRITE_KV, _AttentionCall(_kv(cache), qkv.data_ptr()), batch)
+        qkv = structs.ready(qkv)
+        batch = structs.BatchStruct(rows=len(slots), slots=slots.data_ptr())
+        self.run_one(structs.Op.WRITE_KV, structs.AttentionCall(structs.kv(cache), qkv.data_ptr()), batch)
 
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
         """qkv: (rows, 3 * n_embd). Each row sees its sequence's positions up to its own. Returns (rows, n_embd)."""
-        qkv = _ready(qkv)
+        qkv = structs.ready(qkv)
         out = torch.empty(qkv.shape[0], qkv.shape[1] // 3)
-        call = _AttentionCall(_kv(cache), qkv.data_ptr(), out.data_ptr(), scale)
-        self.run_one(_Op.ATTENTION, call, _batch(batch))
+        call = structs.AttentionCall(structs.kv(cache), qkv.data_ptr(), out.data_ptr(), scale)
+        self.run_one(structs.Op.ATTENTION, call, structs.batch(batch))
         return out
 
 
@@ -275,19 +167,19 @@ class PackedLinear:
         if bias is not None:
             self._edges[0, : self.outputs] = bias
         edges = [edge.data_ptr() for edge in self._edges]
-        self._linear = _Linear(inputs, self.outputs, storage, None, *edges)
+        self._linear = structs.Linear(inputs, self.outputs, storage, None, *edges)
         self._panels = huge_bytes(kernels.panels_bytes(self._linear))
         self._linear.panels = self._panels.data_ptr()
-        call = _PackCall(ctypes.pointer(self._linear), weight.data_ptr(), *weight.stride())
-        kernels.run_one(_Op.PACK, call, _Batch())
-        self._call = _LinearCall(ctypes.pointer(self._linear))
-        self._steps = _steps([(_Op.LINEAR, self._call)])
-        self._batch = _Batch()
+        call = structs.PackCall(ctypes.pointer(self._linear), weight.data_ptr(), *weight.stride())
+        kernels.run_one(structs.Op.PACK, call, structs.BatchStruct())
+        self._call = structs.LinearCall(ctypes.pointer(self._linear))
+        self._steps = structs.steps([(structs.Op.LINEAR, self._call)])
+        self._batch = structs.BatchStruct()
 
     def __call__(self, x: Tensor, *, activation: Activation | None = None, residual: Tensor | None = None) -> Tensor:
         """activation(x Wᵀ + b), plus the residual. x: (rows, in); residual: (rows, out); returns (rows, out)."""
-        x = _ready(x)
-        residual = None if residual is None else _ready(residual)
+        x = structs.ready(x)
+        residual = None if residual is None else structs.ready(residual)
         out = torch.empty(x.shape[0], self.outputs)
         call = self._call
         call.x = x.data_ptr()
@@ -300,9 +192,11 @@ class PackedLinear:
 
     def call(
         self, x: Tensor, out: Tensor, *, activation: Activation | None = None, residual: Tensor | None = None
-    ) -> _LinearCall:
+    ) -> structs.LinearCall:
         add = None if residual is None else residual.data_ptr()
-        return _LinearCall(ctypes.pointer(self._linear), x.data_ptr(), add, out.data_ptr(), _ACTIVATIONS[activation])
+        return structs.LinearCall(
+            ctypes.pointer(self._linear), x.data_ptr(), add, out.data_ptr(), _ACTIVATIONS[activation]
+        )
 
 
 class KernelNorm:
@@ -310,24 +204,24 @@ class KernelNorm:
 
     def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor, epsilon: float) -> None:
         self._kernels = kernels
-        self._weight, self._bias = _ready(weight), _ready(bias)
+        self._weight, self._bias = structs.ready(weight), structs.ready(bias)
         self._epsilon = epsilon
         self._call = self.call(self._weight, self._weight)
-        self._steps = _steps([(_Op.NORM, self._call)])
-        self._batch = _Batch()
+        self._steps = structs.steps([(structs.Op.NORM, self._call)])
+        self._batch = structs.BatchStruct()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (rows, width)."""
-        x = _ready(x)
+        x = structs.ready(x)
         out = torch.empty_like(x)
         self._call.x, self._call.y = x.data_ptr(), out.data_ptr()
         self._batch.rows = x.shape[0]
         self._kernels.run(self._steps, self._batch)
         return out
 
-    def call(self, x: Tensor, out: Tensor) -> _NormCall:
+    def call(self, x: Tensor, out: Tensor) -> structs.NormCall:
         pointers = [tensor.data_ptr() for tensor in (x, self._weight, self._bias, out)]
-        return _NormCall(*pointers, len(self._weight), self._epsilon)
+        return structs.NormCall(*pointers, len(self._weight), self._epsilon)
 
 
 def huge_bytes(size: int) -> Tensor:
@@ -416,7 +310,7 @@ class Forward:
     ) -> None:
         """caches: one for each layer; they stay where they are in memory as long as this lives."""
         self._kernels = kernels
-        self._embeddings = _ready(token_embedding), _ready(position_embedding)
+        self._embeddings = structs.ready(token_embedding), structs.ready(position_embedding)
         self._layers = layers
         self._caches = caches
         self._activation = activation
@@ -427,28 +321,30 @@ class Forward:
         rows = len(batch.tokens)
         if rows > len(self._hidden):
             self._record(max(rows, 2 * len(self._hidden)))
-        self._kernels.run(self._steps, _batch(batch))
+        self._kernels.run(self._steps, structs.batch(batch))
         return self._hidden[:rows]
 
     def _record(self, rows: int) -> None:
         width = self._embeddings[0].shape[1]
         hidden, normed, mixed = (torch.empty(rows, width) for _ in range(3))
         qkv, wide = torch.empty(rows, 3 * width), torch.empty(rows, _linear(self._layers[0].mlp_in).outputs)
-        calls: list[tuple[_Op, _Call]] = [(_Op.EMBED, _embed_call(*self._embeddings, hidden))]
+        calls: list[tuple[structs.Op, structs.Call]] = [
+            (structs.Op.EMBED, structs.embed_call(*self._embeddings, hidden))
+        ]
         for layer, cache in zip(self._layers, self._caches, strict=True):
-            attention = _AttentionCall(_kv(cache), qkv.data_ptr(), mixed.data_ptr(), layer.scale)
+            attention = structs.AttentionCall(structs.kv(cache), qkv.data_ptr(), mixed.data_ptr(), layer.scale)
             calls += [
-                (_Op.NORM, _norm(layer.norm_1).call(hidden, normed)),
-                (_Op.LINEAR, _linear(layer.attend_in).call(normed, qkv)),
-                (_Op.WRITE_KV, attention),
-                (_Op.ATTENTION, attention),
-                (_Op.LINEAR, _linear(layer.attend_out).call(mixed, hidden, residual=hidden)),
-                (_Op.NORM, _norm(layer.norm_2).call(hidden, normed)),
-                (_Op.LINEAR, _linear(layer.mlp_in).call(normed, wide, activation=self._activation)),
-                (_Op.LINEAR, _linear(layer.mlp_out).call(wide, hidden, residual=hidden)),
+                (structs.Op.NORM, _norm(layer.norm_1).call(hidden, normed)),
+                (structs.Op.LINEAR, _linear(layer.attend_in).call(normed, qkv)),
+                (structs.Op.WRITE_KV, attention),
+                (structs.Op.ATTENTION, attention),
+                (structs.Op.LINEAR, _linear(layer.attend_out).call(mixed, hidden, residual=hidden)),
+                (structs.Op.NORM, _norm(layer.norm_2).call(hidden, normed)),
+                (structs.Op.LINEAR, _linear(layer.mlp_in).call(normed, wide, activation=self._activation)),
+                (structs.Op.LINEAR, _linear(layer.mlp_out).call(wide, hidden, residual=hidden)),
             ]
         self._hidden = hidden
-        self._steps = _steps(calls)
+        self._steps = structs.steps(calls)
         self._kept = calls, normed, mixed, qkv, wide  # the steps point into these
 
 
@@ -460,46 +356,3 @@ def _linear(part: object) -> PackedLinear:
 def _norm(part: object) -> KernelNorm:
     assert isinstance(part, KernelNorm)
     return part
-
-
-# === Pointers ===
-
-
-def _steps(calls: Sequence[tuple[_Op, _Call]]) -> ctypes.Array[_Step]:
-    """The caller keeps the calls alive."""
-    return (_Step * len(calls))(*[_Step(op, ctypes.addressof(call)) for op, call in calls])
-
-
-def _batch(batch: Batch) -> _Batch:
-    assert batch.tokens.dtype == batch.positions.dtype == batch.slots.dtype == torch.int64
-    assert batch.query_starts.dtype == batch.block_tables.dtype == torch.int32
-    assert batch.block_tables.is_contiguous()
-    sequences, table_width = batch.block_tables.shape
-    return _Batch(
-        rows=len(batch.tokens),
-        sequences=sequences,
-        table_width=table_width,
-        tokens=batch.tokens.data_ptr(),
-        positions=batch.positions.data_ptr(),
-        slots=batch.slots.data_ptr(),
-        query_starts=batch.query_starts.data_ptr(),
-        block_tables=batch.block_tables.data_ptr(),
-    )
-
-
-def _embed_call(wte: Tensor, wpe: Tensor, out: Tensor) -> _EmbedCall:
-    return _EmbedCall(wte.data_ptr(), wpe.data_ptr(), out.data_ptr(), wte.shape[1])
-
-
-def _ready(x: Tensor) -> Tensor:
-    assert x.dtype == torch.float32
-    return x.contiguous()
-
-
-def _kv(cache: LayerCache) -> _KV:
-    _, heads, block_size, head_dim = cache.keys.shape
-    assert head_dim <= MAX_HEAD_DIM
-    assert cache.keys.is_contiguous()
-    assert cache.values.is_contiguous()
-    half = cache.keys.dtype == torch.float16
-    return _KV(cache.keys.data_ptr(), cache.values.data_ptr(), heads, block_size, head_dim, half)

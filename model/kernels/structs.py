@@ -1,0 +1,164 @@
+"""The structs of kernels.h, as ctypes sees them, and how tensors become pointers in them. Loads nothing."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from model.batch import Batch
+from model.kv_cache import LayerCache
+
+MAX_HEAD_DIM = 256  # KB in kernels.h
+
+
+class Linear(Structure):
+    _fields_ = [
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("kind", c_int64),
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+        ("scale", c_void_p),
+    ]
+
+
+class BatchStruct(Structure):
+    _fields_ = [
+        ("rows", c_int64),
+        ("sequences", c_int64),
+        ("table_width", c_int64),
+        ("tokens", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("query_starts", c_void_p),
+        ("block_tables", c_void_p),
+        ("packed", c_void_p),
+        ("tiles", c_void_p),
+        ("tile_count", c_int64),
+    ]
+
+
+class LinearCall(Structure):
+    _fields_ = [
+        ("w", POINTER(Linear)),
+        ("x", c_void_p),
+        ("residual", c_void_p),
+        ("y", c_void_p),
+        ("act", c_int32),
+    ]
+
+
+class PackCall(Structure):
+    _fields_ = [
+        ("w", POINTER(Linear)),
+        ("weight", c_void_p),
+        ("stride_out", c_int64),
+        ("stride_in", c_int64),
+    ]
+
+
+class NormCall(Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("width", c_int64),
+        ("epsilon", c_float),
+    ]
+
+
+class EmbedCall(Structure):
+    _fields_ = [
+        ("wte", c_void_p),
+        ("wpe", c_void_p),
+        ("y", c_void_p),
+        ("width", c_int64),
+    ]
+
+
+class KV(Structure):
+    _fields_ = [
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("heads", c_int64),
+        ("block_size", c_int64),
+        ("head_dim", c_int64),
+        ("half", c_int32),
+    ]
+
+
+class AttentionCall(Structure):
+    _fields_ = [
+        ("kv", KV),
+        ("qkv", c_void_p),
+        ("out", c_void_p),
+        ("scale", c_float),
+    ]
+
+
+class Step(Structure):
+    _fields_ = [
+        ("op", c_int64),
+        ("call", c_void_p),
+    ]
+
+
+class Op(IntEnum):
+    PACK = 0
+    LINEAR = 1
+    NORM = 2
+    EMBED = 3
+    WRITE_KV = 4
+    ATTENTION = 5
+
+
+Call = PackCall | LinearCall | NormCall | EmbedCall | AttentionCall
+
+
+# === Pointers ===
+
+
+def steps(calls: Sequence[tuple[Op, Call]]) -> ctypes.Array[Step]:
+    """The caller keeps the calls alive."""
+    return (Step * len(calls))(*[Step(op, ctypes.addressof(call)) for op, call in calls])
+
+
+def batch(batch: Batch) -> BatchStruct:
+    assert batch.tokens.dtype == batch.positions.dtype == batch.slots.dtype == torch.int64
+    assert batch.query_starts.dtype == batch.block_tables.dtype == torch.int32
+    assert batch.block_tables.is_contiguous()
+    sequences, table_width = batch.block_tables.shape
+    return BatchStruct(
+        rows=len(batch.tokens),
+        sequences=sequences,
+        table_width=table_width,
+        tokens=batch.tokens.data_ptr(),
+        positions=batch.positions.data_ptr(),
+        slots=batch.slots.data_ptr(),
+        query_starts=batch.query_starts.data_ptr(),
+        block_tables=batch.block_tables.data_ptr(),
+    )
+
+
+def embed_call(wte: Tensor, wpe: Tensor, out: Tensor) -> EmbedCall:
+    return EmbedCall(wte.data_ptr(), wpe.data_ptr(), out.data_ptr(), wte.shape[1])
+
+
+def ready(x: Tensor) -> Tensor:
+    assert x.dtype == torch.float32
+    return x.contiguous()
+
+
+def kv(cache: LayerCache) -> KV:
+    _, heads, block_size, head_dim = cache.keys.shape
+    assert head_dim <= MAX_HEAD_DIM
+    assert cache.keys.is_contiguous()
+    assert cache.values.is_contiguous()
+    half = cache.keys.dtype == torch.float16
+    return KV(cache.keys.data_ptr(), cache.values.data_ptr(), heads, block_size, head_dim, half)

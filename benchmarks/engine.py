@@ -26,14 +26,13 @@ from model.runner import Runner
 from model.sampling_params import SamplingParams
 from model.speculative import PromptLookup
 from server.worker.block_pool import BlockPool
-from server.worker.budget import BudgetController
+from server.worker.budget import PREFILL_LEAST, BudgetController
 from server.worker.messages import Add
 from server.worker.scheduler import Scheduler
 from server.worker.speculation import SpeculationController
 
 BLOCK_SIZE = 16
 SEATS = 64
-PREFILL_LEAST = 4
 REPEATING = [464, 3797, 3332, 319, 262, 2603, 290, 262, 3290, 3332, 319, 262, 11845, 13] * 12
 
 

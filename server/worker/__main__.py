@@ -16,7 +16,7 @@ import torch
 
 from model.errors import ModelError
 from model.runner import Runner
-from server.worker.budget import BudgetController
+from server.worker.budget import PREFILL_LEAST, BudgetController
 from server.worker.channel import WorkerChannel
 from server.worker.messages import (
     Abort,
@@ -42,7 +42,6 @@ from server.worker.parts import (
 )
 
 EXIT_CONFIG = 78
-PREFILL_LEAST = 4  # tokens of prompts that a step may take, however many streams run and however slow the machine is
 
 
 class Worker:

@@ -5,6 +5,7 @@ Knows nothing of sequences, and reads no clock: it is told how long a step of so
 
 from __future__ import annotations
 
+PREFILL_LEAST = 4  # tokens of prompts that a step may take, however many streams run and however slow the machine is
 STRIDE = 2.0  # at most this factor up or down after one step: a hiccup of the machine is not a law
 
 

@@ -6,6 +6,7 @@ Signals are ours: SIGTERM or SIGINT drains (no new work, running requests finish
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import os
@@ -54,6 +55,8 @@ class Service:
 
     async def run(self, announce: Callable[[Ready], None]) -> int:
         """Until a signal, or until a worker cannot be kept running. Returns the exit status."""
+        gc.collect()
+        gc.freeze()  # what was loaded stays: the collector need not walk it whenever a large request is read
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

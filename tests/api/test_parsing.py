@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import re
@@ -287,6 +288,10 @@ def _check(request: CompletionRequest) -> None:
 ], ids=lambda body: ascii(body)[:24])  # fmt: skip
 def test_large_bodies_are_read_quickly(body: dict[str, Any]) -> None:
     raw = json.dumps(body).encode()
+    gc.collect()
+    gc.freeze()  # as the server does: what tests have loaded is not to be walked through again and again
     began = time.process_time()
     _parse_or_refuse(raw)
-    assert time.process_time() - began < 0.5  # tens of milliseconds where nothing else runs
+    spent = time.process_time() - began
+    gc.unfreeze()
+    assert spent < 0.5  # tens of milliseconds where nothing else runs

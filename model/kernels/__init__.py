@@ -111,21 +111,13 @@ class Kernels:
 def load(level: str | None = None, threads: int | None = None) -> Kernels:
     """The kernels at `level` (a key of LEVELS) or at the best this machine has, run by `threads` threads.
 
-    GPT2_SERVER_KERNELS in the environment chooses a level too; 0 switches them off.
-
-    Raises KernelsUnavailableError where that is so, where they were not built or cannot be loaded, or where the machine
-    lacks the level.
+    Raises KernelsUnavailableError where they were not built or cannot be loaded, or where the machine lacks the level.
     """
-    wanted = level or os.environ.get("GPT2_SERVER_KERNELS", "")
-    if wanted == "0":
-        raise KernelsUnavailableError("switched off by GPT2_SERVER_KERNELS=0")
-    if wanted and wanted not in LEVELS:
-        raise KernelsUnavailableError(f"GPT2_SERVER_KERNELS must be 0 or one of {', '.join(LEVELS)}")
     library = _library()
     best = library.kernels_best_level()
-    chosen = LEVELS[wanted] if wanted else best
+    chosen = best if level is None else LEVELS[level]
     if chosen > best:
-        raise KernelsUnavailableError(f"this machine has no {wanted}")
+        raise KernelsUnavailableError(f"this machine has no {level}")
     kernels = Kernels(library, chosen)
     kernels.set_threads(threads or torch.get_num_threads())
     return kernels

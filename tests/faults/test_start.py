@@ -173,3 +173,13 @@ def kill_midway(server: RunningServer, request: dict[str, Any]) -> list[dict[str
 def test_importing_the_api_process_is_quick_and_brings_no_torch() -> None:
     script = "import sys, server.cli; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_without_the_kernels_pytorch_serves_the_same_text(tiny: Path) -> None:
+    request = {"prompt": "The sea", "max_tokens": 60, "seed": 3, "n": 2, "ignore_eos": True}
+    texts = []
+    for choice, word in (("off", "PyTorch"), ("portable", "C kernels (portable)")):
+        with serving(tiny, "--threads", "1", "--kernels", choice) as server:
+            assert any(word in line for line in server.lines if " on cpu" in line)
+            texts.append([each["text"] for each in server.complete(**request)["choices"]])
+    assert texts[0] == texts[1]

@@ -254,12 +254,10 @@ def test_one_call_is_layer_by_layer(kernels: Kernels, storage: Storage) -> None:
 # === Loading ===
 
 
-def test_environment_switches_off_and_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    load_or_skip(None, threads=1)
-    monkeypatch.setenv("GPT2_SERVER_KERNELS", "portable")
-    assert load(threads=1).describe() == "C kernels (portable)"
-    assert KernelOps(load(threads=1), Storage.INT8).describe() == "int8, C kernels (portable)"
-    for value, reason in (("0", "switched off"), ("mmx", "must be 0 or one of")):
-        monkeypatch.setenv("GPT2_SERVER_KERNELS", value)
-        with pytest.raises(KernelsUnavailableError, match=reason):
-            load(threads=1)
+def test_a_level_can_be_chosen_up_to_the_machine_s_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = load_or_skip(None, threads=1)
+    assert load("portable", threads=1).describe() == "C kernels (portable)"
+    assert KernelOps(load("portable", threads=1), Storage.INT8).describe() == "int8, C kernels (portable)"
+    monkeypatch.setitem(LEVELS, "of a later machine", best.level + 1)
+    with pytest.raises(KernelsUnavailableError, match="this machine has no of a later machine"):
+        load("of a later machine", threads=1)

@@ -1,59 +1,67 @@
-"""`gpt2-server serve [MODEL]`: reads settings, says what is served and where, and returns the service's exit status."""
+"""`gpt2-server COMMAND`: finds the command, reads its arguments and returns its exit status.
+
+A command is a row in COMMANDS and a module in server/commands/ with `configure` and `run`. Only the one that is asked
+for is imported: `healthcheck` runs every few seconds, and must not wait for a web framework.
+"""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import shlex
+import importlib
 import sys
+from collections.abc import Collection
+from typing import Protocol, cast
 
 from model.errors import ModelError
-from server import __version__, logs
-from server.api.models import ServedModel
-from server.lifecycle import build
-from server.settings import Settings, SettingsError, flags, read_settings
-from server.worker.messages import Ready
+from server import __version__
+from server.errors import SettingsError
 
 EXIT_CONFIG = 78
-EXAMPLE = '"prompt": "It was a dark and stormy night, and", "max_tokens": 40, "temperature": 0.7, "seed": 3'
+COMMANDS = {
+    "serve": "serve a model over HTTP",
+    "healthcheck": "ask a running server whether it is well",
+}
+
+
+class Command(Protocol):
+    """What a module of server/commands/ looks like."""
+
+    def configure(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Returns the exit status. Raises SettingsError or ModelError."""
+        ...
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="gpt2-server", description="An OpenAI-compatible completion server for the GPT-2 family."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    flags(commands.add_parser("serve", help="serve a model", description="Serve a model over HTTP."))
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = make_parser(argv[:1]).parse_args(argv)
     try:
-        return _serve(read_settings(parser.parse_args(argv)))
+        return load(arguments.command).run(arguments)
     except (SettingsError, ModelError) as error:
         print(f"gpt2-server: {error}", file=sys.stderr)
         return EXIT_CONFIG
 
 
-def _serve(settings: Settings) -> int:
-    logs.configure(settings.log_level)
-    try:
-        service, served = build(settings)
-    except OSError as error:
-        raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
-    host, port = service.listener.getsockname()[:2]
-    return asyncio.run(service.run(lambda ready: _announce(f"http://{host}:{port}", served, ready)))
-
-
-def _announce(url: str, served: ServedModel, ready: Ready) -> None:
-    tokens = ready.num_blocks * ready.block_size
-    body = f'{{"model": "{served.name}", {EXAMPLE}}}'
-    print(
-        f"{served.name} on {ready.backend}; KV cache for {tokens:,} tokens; ready in {ready.load_seconds:.1f} s",
-        f"Serving on {url}, until Ctrl-C. Try:",
-        "",
-        f"  curl {url}/v1/completions -d {shlex.quote(body)}",
-        "",
-        sep="\n",
-        flush=True,
+def make_parser(wanted: Collection[str]) -> argparse.ArgumentParser:
+    """All commands by name; those `wanted` with their arguments."""
+    shown = "\n".join(f"  {name:<13}{text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="gpt2-server",
+        description=f"An OpenAI-compatible completion server for the GPT-2 family.\n\ncommands:\n{shown}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, description=f"{text[0].upper()}{text[1:]}.")
+        if name in wanted:
+            load(name).configure(command)
+    return parser
+
+
+def load(name: str) -> Command:
+    return cast(Command, importlib.import_module(f"server.commands.{name.replace('-', '_')}"))
 
 
 if __name__ == "__main__":

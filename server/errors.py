@@ -1,10 +1,15 @@
 # ruff: noqa: N818  (they are answers, and named as such: Unauthorized, Overloaded)
 """Every error the service knows, as one tree. It knows nothing of HTTP: api/errors.py has the one table to statuses.
 
-Messages are written for the client who reads them: no path, address, traceback or prompt text.
+Messages are written for the client who reads them: no path, address, traceback or prompt text. One stands apart:
+SettingsError is for the operator, before there are clients.
 """
 
 from __future__ import annotations
+
+
+class SettingsError(Exception):
+    """One clear line for the operator."""
 
 
 class ServerError(Exception):

@@ -16,14 +16,12 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from server.errors import SettingsError
+
 ENV_PREFIX = "GPT2_SERVER_"
 RETIRED_MODELS = (
     "text-davinci-002", "text-davinci-003", "davinci", "curie", "babbage", "ada", "gpt-3.5-turbo-instruct",
 )  # fmt: skip
-
-
-class SettingsError(Exception):
-    """One clear line for the operator."""
 
 
 def _flag(group: str, text: str, default: Any, **limits: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,6 +16,7 @@ from server.api.completions import CompletionService, completion_routes
 from server.api.embeddings import embedding_routes
 from server.api.engines import engine_routes
 from server.api.errors import answer_http_exception, answer_server_error
+from server.api.keys import Keyring
 from server.api.limits import Limits
 from server.api.middleware import AnswerHook, AnswerMiddleware
 from server.api.models import ServedModel, model_routes
@@ -62,11 +63,12 @@ def create_app(
     on_answer: AnswerHook,
     grammars: GrammarChecker | None = None,
     sleeper: Sleeper | None = None,
-    keys: Mapping[str, bytes] | None = None,
+    keys: Keyring | None = None,
+    open_paths: Set[str] = frozenset(),
     cors_origins: Sequence[str] = (),
     playground: bool = False,
 ) -> FastAPI:
-    """keys: sha256 digest (`auth.key_digest`) by name; none leaves the server open to all."""
+    """keys: None leaves the server open to all. open_paths: what needs no key beside what never does."""
     app = FastAPI(title="gpt2-server", version=version, docs_url=None, redoc_url=None, responses=ERRORS)
     texts, running = TokenTexts(tokenizer), set[str]()
     service = CompletionService(
@@ -89,11 +91,11 @@ def create_app(
         app.include_router(sleep_routes(sleeper))
     app.add_exception_handler(ServerError, answer_server_error)
     app.add_exception_handler(HTTPException, answer_http_exception)
-    open_paths: Set[str] = OPEN_PATHS
+    open_paths = OPEN_PATHS | open_paths
     if playground:
         app.include_router(playground_routes())
-        open_paths = OPEN_PATHS | PLAYGROUND_FILES.keys()
-    if keys:  # what is added last stands outermost
+        open_paths |= PLAYGROUND_FILES.keys()
+    if keys is not None:  # what is added last stands outermost
         app.add_middleware(AuthMiddleware, keys=keys, open_paths=open_paths)
     if cors_origins:
         app.add_middleware(

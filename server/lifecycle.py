@@ -1,6 +1,7 @@
 """From settings to a running service and back: what is started, in which order, and how it ends.
 
-Signals are ours: SIGTERM or SIGINT drains (no new work, running requests finish), a second one ends at once.
+Signals are ours: SIGTERM or SIGINT drains (no new work, running requests finish), a second one ends at once;
+SIGHUP reads the key file again.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from model.config import ModelConfig, read_config
 from model.errors import ConfigError
 from model.tokenizer import read_tokenizer
 from server import __version__
-from server.api.auth import key_digest
+from server.api.keys import Key, Keyring, load_keys
 from server.api.limits import Limits
 from server.api.models import ServedModel
 from server.app import create_app
@@ -34,7 +36,7 @@ from server.engine.supervisor import Supervisor
 from server.errors import Draining, EngineError
 from server.http import BACKLOG, HTTPServer, http_server
 from server.metrics import Metrics
-from server.settings import Settings
+from server.settings import Settings, SettingsError
 from server.worker.messages import Ready, Start
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Service:
     http: HTTPServer
     listener: socket.socket
     shutdown_timeout: float
+    reload: Callable[[], None] | None  # on SIGHUP
 
     async def run(self, announce: Callable[[Ready], None]) -> int:
         """Until a signal, or until a worker cannot be kept running. Returns the exit status."""
@@ -61,6 +64,8 @@ class Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, stop)
+        if self.reload is not None:
+            loop.add_signal_handler(signal.SIGHUP, self.reload)
         await self.grammars.start()
         http = asyncio.create_task(self.http.serve(sockets=[self.listener]))
         workers = [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
@@ -121,6 +126,7 @@ def build(settings: Settings) -> tuple[Service, ServedModel]:
     engine = Engine(tokenizer, admission, Observer(metrics), settings.workers, buckets)
     directory = str(checkpoint.directory)
     grammars = GrammarChecker(checker_command(directory, config.vocab_size, config.eos_token_id))
+    keys = _keyring(settings)
     app = create_app(
         engine=engine,
         tokenizer=tokenizer,
@@ -131,7 +137,8 @@ def build(settings: Settings) -> tuple[Service, ServedModel]:
         on_answer=metrics.answered,
         grammars=grammars,
         sleeper=engine,
-        keys=_keys(settings),
+        keys=keys,
+        open_paths=frozenset(settings.open_paths),
         cors_origins=settings.allowed_origins,
         playground=settings.playground,
     )
@@ -145,6 +152,7 @@ def build(settings: Settings) -> tuple[Service, ServedModel]:
         http=http_server(app, head_timeout=settings.head_timeout, keep_alive_timeout=settings.keep_alive_timeout),
         listener=_listen(settings.host, settings.port),
         shutdown_timeout=settings.shutdown_timeout,
+        reload=None if keys is None or settings.api_key_file is None else partial(_reload, settings, keys),
     )
     return service, served
 
@@ -194,8 +202,26 @@ def _limits(settings: Settings, max_model_len: int, vocab_size: int) -> Limits:
     )
 
 
-def _keys(settings: Settings) -> dict[str, bytes]:
-    return {} if settings.api_key is None else {"default": key_digest(settings.api_key.get_secret_value())}
+def _keyring(settings: Settings) -> Keyring | None:
+    """None where nobody needs a key. Raises SettingsError."""
+    keys = _keys(settings)
+    return Keyring(keys) if keys else None
+
+
+def _keys(settings: Settings) -> list[Key]:
+    single = None if settings.api_key is None else settings.api_key.get_secret_value()
+    return load_keys(single, settings.api_key_file)
+
+
+def _reload(settings: Settings, keyring: Keyring) -> None:
+    """A file that cannot be used changes nothing: who had a key still has it."""
+    try:
+        keys = _keys(settings)
+    except SettingsError as error:
+        log.error("the keys stay as they were", extra={"reason": str(error)})
+        return
+    keyring.replace(keys)
+    log.info("keys read again", extra={"keys": len(keys)})
 
 
 def _start(settings: Settings, checkpoint: Checkpoint, config: ModelConfig, max_model_len: int, worker: int) -> Start:

@@ -1,6 +1,7 @@
 """Every metric's name, in one table. Suffixes and meanings are vLLM's, so that its dashboards need one substitution.
 
-Label values come from our own constants alone: the served model's name, the enums below, route templates.
+Label values come from our own constants alone: the served model's name, the names of keys, the enums below, route
+templates.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Metrics:
         self.success = self._counter("request_success", "Requests ended", "finished_reason")
         self.rejected = self._counter("requests_rejected", "Requests refused before any work was done", "reason")
         self.http_requests = self._counter("http_requests", "HTTP answers", "route", "status")
+        self.key_requests = self._counter("key_requests", "Requests admitted, by the name of the key", "key")
+        self.key_tokens = self._counter("key_tokens", "Tokens of ended requests, by the name of the key", "key", "kind")
         # Tokens.
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated")

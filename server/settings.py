@@ -22,6 +22,7 @@ ENV_PREFIX = "GPT2_SERVER_"
 RETIRED_MODELS = (
     "text-davinci-002", "text-davinci-003", "davinci", "curie", "babbage", "ada", "gpt-3.5-turbo-instruct",
 )  # fmt: skip
+OpenPath = Literal["/metrics", "/openapi.json", "/version", "/ping", "/load", "/v1/models"]
 
 
 def _flag(group: str, text: str, default: Any, **limits: Any) -> Any:
@@ -48,6 +49,8 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(
         default=None, description="key clients must send; environment or file only", repr=False
     )
+    api_key_file: str | None = _flag("server", "file of keys, one `name: key` a line; SIGHUP reads it again", None)
+    open_paths: list[OpenPath] = _flag("server", "paths that need no key, beside /health and /ready", [])
     playground: bool = _flag("server", "serve the playground, a page to try the model, at /", True)
     allowed_origins: list[str] = _flag("server", "origins that CORS lets in; none by default", [])
     shutdown_timeout: float = _flag("server", "seconds running requests get to finish after SIGTERM", 30, ge=0, le=3600)
@@ -152,9 +155,11 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     try:
         # pydantic-settings puts the environment below what it is given, and the file has to go below the environment.
         environment = Settings().model_dump(exclude_unset=True)
-        return Settings(**{**_read_file(arguments.config), **environment, **given})
+        settings = Settings(**{**_read_file(arguments.config), **environment, **given})
     except ValidationError as error:
         raise SettingsError(_explain(error)) from None
+    os.environ.pop(f"{ENV_PREFIX}API_KEY", None)  # no process that is started from here needs it
+    return settings
 
 
 def _field_name(variable: str) -> str:

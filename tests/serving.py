@@ -122,6 +122,16 @@ def start(model: Path | None, *flags: str, env: dict[str, str] | None = None) ->
     )
 
 
+def check_refused(process: subprocess.Popen[str], line: str) -> None:
+    """It says why in one line, and exits 78."""
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 78, out
+    said = [each for each in out.splitlines() if line in each]
+    assert len(said) == 1, out
+    assert "Traceback" not in out
+    assert "Serving on" not in out
+
+
 def _read(server: RunningServer) -> None:
     assert server.process.stdout is not None
     for line in server.process.stdout:

@@ -1,15 +1,13 @@
-"""Who is asking. Keys are known by their digests alone; everything needs one but what OPEN_PATHS names."""
+"""Who is asking. On a server with keys everything needs one but what OPEN_PATHS names, and what an operator opens."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
-from hmac import compare_digest
+from collections.abc import Set
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import error_response
+from server.api.keys import Caller, Keyring
 from server.errors import Unauthorized
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
@@ -19,19 +17,7 @@ MISSING = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Whose request it is. Nobody in particular on a server without keys."""
-
-    name: str = ""
-    digest: bytes = b""
-
-
 ANYONE = Caller()
-
-
-def key_digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
 
 
 def caller_of(scope: Scope) -> Caller:
@@ -43,11 +29,10 @@ def caller_of(scope: Scope) -> Caller:
 class AuthMiddleware:
     """Deny by default, decided on scope["path"]: a Host header cannot change that (CVE-2026-48746)."""
 
-    def __init__(self, app: ASGIApp, keys: Mapping[str, bytes], open_paths: Set[str] = OPEN_PATHS) -> None:
-        """keys: sha256 digest of each key, by a name for logs and metrics."""
+    def __init__(self, app: ASGIApp, keys: Keyring, open_paths: Set[str] = OPEN_PATHS) -> None:
         self._app = app
         self._open_paths = open_paths
-        self._callers = tuple(Caller(name, digest) for name, digest in keys.items())
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in self._open_paths or scope["method"] == "OPTIONS":
@@ -57,22 +42,13 @@ class AuthMiddleware:
         if not key:
             await error_response(Unauthorized(MISSING))(scope, receive, send)
             return
-        caller = self._find(key)
+        caller = self._keys.find(key)
         if caller is None:
             error = Unauthorized(f"Incorrect API key provided: {_masked(key)}.", code="invalid_api_key")
             await error_response(error)(scope, receive, send)
             return
         scope["caller"] = caller
         await self._app(scope, receive, send)
-
-    def _find(self, key: bytes) -> Caller | None:
-        """Looks at every key, however early one matches: time tells nothing."""
-        digest = hashlib.sha256(key).digest()
-        found: Caller | None = None
-        for caller in self._callers:
-            if compare_digest(caller.digest, digest):
-                found = caller
-        return found
 
 
 def _sent_key(scope: Scope) -> bytes:

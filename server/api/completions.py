@@ -21,9 +21,10 @@ from starlette.responses import Response
 
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
-from server.api.auth import Caller, caller_of
+from server.api.auth import caller_of
 from server.api.body import ClientGone, read_body, until_gone
 from server.api.errors import INTERNAL, error_object
+from server.api.keys import Caller
 from server.api.limits import Limits
 from server.api.models import ServedModel
 from server.api.parsing import CompletionRequest, parse_completion
@@ -202,10 +203,10 @@ async def while_there(work: Coroutine[Any, Any, T], request: Request) -> T:
 
 
 def cache_salt(caller: Caller, salt: str | None) -> bytes:
-    """Prefix-cache entries are shared within one key's requests only, and within one cache_salt of it."""
-    if not caller.digest and salt is None:
+    """Prefix-cache entries are shared among one caller's requests only, and within one cache_salt of its."""
+    if not caller.name and salt is None:
         return b""
-    return hashlib.sha256(caller.digest + b"\0" + (salt or "").encode()).digest()
+    return hashlib.sha256(f"{caller.name}\0{salt or ''}".encode()).digest()
 
 
 def completion_routes(service: CompletionService) -> APIRouter:

@@ -80,6 +80,7 @@ class Engine:
             self._observer.rejected(refusal)
             raise
         self._charge(request, _cost(request))
+        self._observer.entered(request.key_name)
         generation = self._generation(request)
         self._generations.add(generation)
         self._start_due(generation)
@@ -142,6 +143,7 @@ class Engine:
         """The one place where a request leaves. What still runs of it is aborted."""
         self._generations.discard(generation)
         used = generation.usage
+        self._observer.left(generation.request.key_name, used)
         self._charge(generation.request, used.prompt_tokens + used.completion_tokens - _cost(generation.request))
         left = [candidate for candidate in generation.live if self._running.pop(candidate.id, None)]
         for candidate in left:

@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from server.engine.candidate import Candidate
+from server.engine.request import Usage
 from server.errors import Draining, RateLimited, TryLater
 from server.metrics import Metrics
 from server.worker.messages import Stats
@@ -46,6 +47,15 @@ class Observer:
             case _:
                 reason = "overloaded"
         self._metrics.rejected.labels(reason).inc()
+
+    def entered(self, key_name: str) -> None:
+        if key_name:
+            self._metrics.key_requests.labels(key_name).inc()
+
+    def left(self, key_name: str, used: Usage) -> None:
+        if key_name:
+            self._metrics.key_tokens.labels(key_name, "prompt").inc(used.prompt_tokens)
+            self._metrics.key_tokens.labels(key_name, "generation").inc(used.completion_tokens)
 
     def admitted(self, candidate: Candidate) -> None:
         self._times[candidate.id] = _Times(time.monotonic())

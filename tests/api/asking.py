@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from scripted import CONTEXT, VOCAB_SIZE, ScriptedEngine, tokenizer
 from starlette.testclient import TestClient
 
-from server.api.auth import key_digest
+from server.api.keys import Key, Keyring, key_digest
 from server.api.limits import Limits
 from server.api.models import ServedModel
 from server.app import create_app
@@ -103,7 +103,7 @@ def _extend(whole: dict[str, Any], logprobs: dict[str, Any]) -> None:
 def make_api(engine: ScriptedEngine | None = None, limits: Limits = LIMITS, **parts: Any) -> Api:
     engine = engine or ScriptedEngine()
     answers: list[tuple[str, int]] = []
-    keys = {name: key_digest(key) for name, key in parts.pop("keys", {}).items()}
+    keys = [Key(name, key_digest(key)) for name, key in parts.pop("keys", {}).items()]
     app = create_app(
         engine=engine,
         tokenizer=tokenizer(),
@@ -112,7 +112,7 @@ def make_api(engine: ScriptedEngine | None = None, limits: Limits = LIMITS, **pa
         version="0",
         registry=parts.pop("registry", CollectorRegistry()),
         on_answer=lambda route, status: answers.append((route, status)),
-        keys=keys,
+        keys=Keyring(keys) if keys else None,
         **parts,
     )
     return Api(engine, TestClient(app, raise_server_exceptions=False), answers)

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import RunningServer, serving, start
+from serving import RunningServer, check_refused, serving, start
 
 
 @pytest.fixture
@@ -64,15 +64,6 @@ def another_shape(directory: Path) -> None:
 def test_a_checkpoint_that_cannot_be_served(damage: Callable[[Path], None], line: str, checkpoint: Path) -> None:
     damage(checkpoint)
     check_refused(start(checkpoint), line)
-
-
-def check_refused(process: subprocess.Popen[str], line: str) -> None:
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 78, out
-    said = [each for each in out.splitlines() if line in each]
-    assert len(said) == 1, out
-    assert "Traceback" not in out
-    assert "Serving on" not in out
 
 
 @pytest.mark.parametrize(

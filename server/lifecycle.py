@@ -33,10 +33,10 @@ from server.engine.grammars import GrammarChecker, checker_command
 from server.engine.observer import Observer
 from server.engine.quota import TokenBuckets
 from server.engine.supervisor import Supervisor
-from server.errors import Draining, EngineError
+from server.errors import Draining, EngineError, SettingsError
 from server.http import BACKLOG, HTTPServer, http_server
 from server.metrics import Metrics
-from server.settings import Settings, SettingsError
+from server.settings import Settings
 from server.worker.messages import Ready, Start
 
 log = logging.getLogger(__name__)

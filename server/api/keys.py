@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hmac import compare_digest
 from pathlib import Path
 
-from server.settings import SettingsError
+from server.errors import SettingsError
 
 log = logging.getLogger(__name__)
 

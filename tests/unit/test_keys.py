@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from server.api.keys import Caller, Key, Keyring, key_digest, load_keys
-from server.settings import SettingsError, parse
+from server.errors import SettingsError
+from server.settings import parse
 
 
 @pytest.fixture

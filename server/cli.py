@@ -48,11 +48,14 @@ def make_parser(wanted: Collection[str]) -> argparse.ArgumentParser:
     shown = "\n".join(f"  {name:<13}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="gpt2-server",
+        usage="gpt2-server [-h] [--version] COMMAND …",
         description=f"An OpenAI-compatible completion server for the GPT-2 family.\n\ncommands:\n{shown}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(
+        dest="command", prog="gpt2-server", required=True, metavar="COMMAND", help=argparse.SUPPRESS
+    )
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, description=f"{text[0].upper()}{text[1:]}.")
         if name in wanted:

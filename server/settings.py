@@ -29,6 +29,11 @@ def _flag(group: str, text: str, default: Any, **limits: Any) -> Any:
     return Field(default, description=text, json_schema_extra={"group": group}, **limits)
 
 
+def _rare(text: str, default: Any, **limits: Any) -> Any:
+    """Environment or file only: what few operators will ever change. docs/cli.md has them all."""
+    return Field(default, description=text, **limits)
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=())
 
@@ -54,9 +59,9 @@ class Settings(BaseSettings):
     playground: bool = _flag("server", "serve the playground, a page to try the model, at /", True)
     allowed_origins: list[str] = _flag("server", "origins that CORS lets in; none by default", [])
     shutdown_timeout: float = _flag("server", "seconds running requests get to finish after SIGTERM", 30, ge=0, le=3600)
-    head_timeout: float = _flag("server", "seconds a request's head may take to arrive", 10, gt=0, le=600)
-    body_timeout: float = _flag("server", "seconds a request's body may take to arrive", 30, gt=0, le=3600)
-    keep_alive_timeout: float = _flag("server", "seconds an idle connection is kept", 15, gt=0, le=3600)
+    head_timeout: float = _rare("seconds a request's head may take to arrive", 10, gt=0, le=600)
+    body_timeout: float = _rare("seconds a request's body may take to arrive", 30, gt=0, le=3600)
+    keep_alive_timeout: float = _rare("seconds an idle connection is kept", 15, gt=0, le=3600)
     log_level: Literal["debug", "info", "warning", "error"] = _flag("server", "how much to log", "info")
 
     # Engine
@@ -79,16 +84,6 @@ class Settings(BaseSettings):
     )
     block_size: int = _flag("engine", "tokens in one block of the KV cache", 16, ge=8, le=256)
     kv_cache_gib: float = _flag("engine", "upper bound of the KV cache, in GiB, of all workers together", 2.0, gt=0)
-    speculative_method: Literal["off", "ngram", "model"] = _flag(
-        "engine",
-        "guess tokens and verify many at a time: ngram looks them up in the text so far, "
-        "model asks --speculative-model; it changes no answer",
-        "off",
-    )
-    speculative_model: str | None = _flag(
-        "engine", "smaller model of the same vocabulary that guesses; a directory or a Hugging Face id", None
-    )
-    num_speculative_tokens: int = _flag("engine", "most tokens guessed at a time", 5, ge=1, le=32)
     enable_prefix_caching: bool = _flag("engine", "share the KV cache of equal prompt beginnings", True)
     kernels: Literal["auto", "off", "portable", "avx2", "avx512", "vnni"] = _flag(
         "engine", "C kernels for the CPU: auto, off (PyTorch alone), or an instruction set", "auto"
@@ -97,6 +92,18 @@ class Settings(BaseSettings):
         "engine", "threads of a worker; default: its share of the cores this process may use", None, ge=1
     )
 
+    # Speculation
+    speculative_method: Literal["off", "ngram", "model"] = _flag(
+        "speculation",
+        "guess tokens and verify many at a time: ngram looks them up in the text so far, "
+        "model asks --speculative-model; it changes no answer",
+        "off",
+    )
+    speculative_model: str | None = _flag(
+        "speculation", "smaller model of the same vocabulary that guesses; a directory or a Hugging Face id", None
+    )
+    num_speculative_tokens: int = _flag("speculation", "most tokens guessed at a time", 5, ge=1, le=32)
+
     # Limits
     max_tokens_per_minute: int | None = _flag(
         "limits", "tokens of prompts and completions a key may use in a minute; default: any number", None, ge=1
@@ -104,12 +111,12 @@ class Settings(BaseSettings):
     max_num_queued_reqs: int = _flag("limits", "requests that may wait for their first token", 256, ge=1)
     max_num_queued_tokens: int = _flag("limits", "prompt tokens that may wait", 65536, ge=1)
     max_logprobs: int = _flag("limits", "largest logprobs a request may ask for", 20, ge=0, le=1000)
-    max_choices: int = _flag("limits", "largest n", 128, ge=1, le=128)
-    max_best_of: int = _flag("limits", "largest best_of", 20, ge=1, le=128)
-    max_sequences: int = _flag("limits", "largest prompts x max(n, best_of) of one request", 128, ge=1)
-    max_stop_strings: int = _flag("limits", "stop strings in one request", 16, ge=1, le=256)
-    max_stop_length: int = _flag("limits", "characters in one stop string", 256, ge=1)
-    max_body_bytes: int = _flag("limits", "bytes in one request body", 1 << 20, ge=1024)
+    max_choices: int = _rare("largest n", 128, ge=1, le=128)
+    max_best_of: int = _rare("largest best_of", 20, ge=1, le=128)
+    max_sequences: int = _rare("largest prompts x max(n, best_of) of one request", 128, ge=1)
+    max_stop_strings: int = _rare("stop strings in one request", 16, ge=1, le=256)
+    max_stop_length: int = _rare("characters in one stop string", 256, ge=1)
+    max_body_bytes: int = _rare("bytes in one request body", 1 << 20, ge=1024)
 
     @model_validator(mode="after")
     def _check_speculation(self) -> Settings:
@@ -119,8 +126,9 @@ class Settings(BaseSettings):
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
-    """Adds `[MODEL]`, `--config` and one flag a setting, grouped, to a parser."""
-    parser.add_argument("model", nargs="?", help=Settings.model_fields["model"].description)
+    """Adds `[MODEL]`, `--config` and a flag for each setting that is not rare, grouped, to a parser."""
+    parser.epilog = f"Each is a variable too ({ENV_PREFIX}PORT); rarer ones are only that. docs/cli.md lists all."
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=Settings.model_fields["model"].description)
     parser.add_argument("--config", metavar="FILE", help="TOML file of the settings below")
     groups: dict[str, Any] = {}
     for name, field in Settings.model_fields.items():

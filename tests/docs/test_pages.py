@@ -31,3 +31,12 @@ def test_the_tables_of_fields_are_those_of_the_schemas() -> None:
         [sys.executable, "scripts/document_api.py", "--print"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert made.stdout == page.read_text("utf-8")
+
+
+def test_the_tables_of_commands_and_settings_are_those_of_the_program() -> None:
+    """If this fails: python scripts/document_cli.py"""
+    page = ROOT / "docs" / "cli.md"
+    made = subprocess.run(
+        [sys.executable, "scripts/document_cli.py", "--print"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert made.stdout == page.read_text("utf-8")

@@ -12,12 +12,14 @@ from urllib.parse import urlsplit
 import pytest
 from serving import RunningServer, serving
 
-SHORT = ("--head-timeout", "1", "--body-timeout", "1", "--keep-alive-timeout", "1", "--max-body-bytes", "20000")
+SHORT = {"HEAD_TIMEOUT": "1", "BODY_TIMEOUT": "1", "KEEP_ALIVE_TIMEOUT": "1", "MAX_BODY_BYTES": "20000"}
 
 
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[RunningServer]:
-    with serving(tiny, "--threads", "1", *SHORT) as running:
+    with serving(
+        tiny, "--threads", "1", env={f"GPT2_SERVER_{name}": value for name, value in SHORT.items()}
+    ) as running:
         yield running
 
 

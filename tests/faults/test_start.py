@@ -93,12 +93,12 @@ def test_a_port_that_is_taken(tiny: Path) -> None:
 
 def test_command_line_over_environment_over_file(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
-    file.write_text('served_model_name = ["from-file"]\nmax_logprobs = 3\nmax_choices = 2\n')
-    env = {"GPT2_SERVER_MAX_LOGPROBS": "4", "GPT2_SERVER_MAX_CHOICES": "3"}
-    with serving(tiny, "--config", str(file), "--max-choices", "5", "--threads", "1", env=env) as server:
-        assert server.complete(prompt="a", max_tokens=1, logprobs=4)["model"] == "from-file"
-        assert server.complete(prompt="a", max_tokens=1, n=5)
-        over = {"prompt": "a", "max_tokens": 1, "n": 6}
+    file.write_text('served_model_name = ["from-file"]\nmax_logprobs = 2\nmax_choices = 2\n')
+    env = {"GPT2_SERVER_MAX_LOGPROBS": "3", "GPT2_SERVER_MAX_CHOICES": "3"}
+    with serving(tiny, "--config", str(file), "--max-logprobs", "5", "--threads", "1", env=env) as server:
+        assert server.complete(prompt="a", max_tokens=1, logprobs=5)["model"] == "from-file"
+        assert server.complete(prompt="a", max_tokens=1, n=3)
+        over = {"prompt": "a", "max_tokens": 1, "n": 4}
         assert httpx.post(f"{server.url}/v1/completions", json=over).status_code == 400
 
 

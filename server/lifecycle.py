@@ -41,6 +41,7 @@ from server.worker.messages import Ready, Start
 
 log = logging.getLogger(__name__)
 
+LAG_PERIOD = 0.25  # seconds between looks at how late the event loop is
 POLL = 0.02  # seconds between looks at whether a worker is ready, or a drain is done
 
 
@@ -55,6 +56,7 @@ class Service:
     listener: socket.socket
     shutdown_timeout: float
     reload: Callable[[], None] | None  # on SIGHUP
+    observe_lag: Callable[[float], None]  # told by how many seconds the event loop is late
 
     async def run(self, announce: Callable[[Ready], None]) -> int:
         """Until a signal, or until a worker cannot be kept running. Returns the exit status."""
@@ -70,6 +72,7 @@ class Service:
         http = asyncio.create_task(self.http.serve(sockets=[self.listener]))
         workers = [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
         announcing = asyncio.create_task(self._announce(announce))
+        watching = asyncio.create_task(self._watch_lag())
         stopped = asyncio.create_task(stop.wait())
         try:
             await asyncio.wait({*workers, stopped, http}, return_when=asyncio.FIRST_COMPLETED)
@@ -79,6 +82,7 @@ class Service:
                 self.engine.fail_all(EngineError("The engine has stopped and cannot answer this request."))
         finally:
             announcing.cancel()
+            watching.cancel()
             for supervisor in self.supervisors:
                 supervisor.stop()
             status = max(await asyncio.gather(*workers))
@@ -100,6 +104,12 @@ class Service:
         assert self.engine.worker is not None
         announce(self.engine.worker)
 
+    async def _watch_lag(self) -> None:
+        while True:
+            due = time.perf_counter() + LAG_PERIOD
+            await asyncio.sleep(LAG_PERIOD)
+            self.observe_lag(max(time.perf_counter() - due, 0.0))
+
     async def _drain(self) -> None:
         """New work is refused from the first moment; what runs may finish; what is left at the end is told so."""
         log.info("draining", extra={"requests": self.engine.load})
@@ -119,7 +129,7 @@ def build(settings: Settings) -> tuple[Service, ServedModel]:
     tokenizer = read_tokenizer(checkpoint.directory, config.vocab_size, config.eos_token_id)
     max_model_len = _context(settings, config)
     served = _served_model(settings, checkpoint, max_model_len)
-    metrics = Metrics(served.name, __version__)
+    metrics = Metrics(served.name, __version__, settings.workers)
     admission = Admission(settings.max_num_queued_reqs, settings.max_num_queued_tokens)
     per_minute = settings.max_tokens_per_minute
     buckets = None if per_minute is None else TokenBuckets(per_minute)
@@ -153,6 +163,7 @@ def build(settings: Settings) -> tuple[Service, ServedModel]:
         listener=_listen(settings.host, settings.port),
         shutdown_timeout=settings.shutdown_timeout,
         reload=None if keys is None or settings.api_key_file is None else partial(_reload, settings, keys),
+        observe_lag=metrics.loop_lag.observe,
     )
     return service, served
 

@@ -49,12 +49,13 @@ class RunningServer:
         yield from (json.loads(line.removeprefix("data: ")) for line in lines[:-1])
 
     def metrics(self) -> dict[str, float]:
-        """Samples of /metrics by name and labels, without the model's name, which all share."""
-        samples = {}
+        """Samples of /metrics by name and labels, without the model's name, and of all workers together."""
+        samples: dict[str, float] = {}
         for line in httpx.get(f"{self.url}/metrics").text.splitlines():
             if not line.startswith("#"):
                 name, value = line.rsplit(" ", 1)
-                samples[re.sub(r'{?,?model_name="[^"]*"}?', "", name)] = float(value)
+                name = re.sub(r',?(engine|model_name)="[^"]*"', "", name).replace("{,", "{").removesuffix("{}")
+                samples[name] = samples.get(name, 0) + float(value)
         return samples
 
     def wait_until_idle(self) -> dict[str, float]:
@@ -74,7 +75,8 @@ class RunningServer:
         """What must hold of the metrics at any moment at which nothing is in flight."""
         now = self.wait_until_idle()
         ended = sum(value for name, value in now.items() if name.startswith("gpt2_request_success_total"))
-        assert now["gpt2_requests_total"] == ended
+        assert now["gpt2_requests_total"] == ended + now["gpt2_requests_in_flight"]
+        assert now["gpt2_e2e_request_latency_seconds_count"] == ended
         assert now["gpt2_generation_tokens_total"] == (
             now["gpt2_time_to_first_token_seconds_count"] + now["gpt2_inter_token_latency_seconds_count"]
         )

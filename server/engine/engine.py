@@ -80,7 +80,7 @@ class Engine:
             self._observer.rejected(refusal)
             raise
         self._charge(request, _cost(request))
-        self._observer.entered(request.key_name)
+        self._observer.entered(request)
         generation = self._generation(request)
         self._generations.add(generation)
         self._start_due(generation)
@@ -143,8 +143,8 @@ class Engine:
         """The one place where a request leaves. What still runs of it is aborted."""
         self._generations.discard(generation)
         used = generation.usage
-        self._observer.left(generation.request.key_name, used)
         self._charge(generation.request, used.prompt_tokens + used.completion_tokens - _cost(generation.request))
+        self._observer.left(generation.request, used, generation.longest)
         left = [candidate for candidate in generation.live if self._running.pop(candidate.id, None)]
         for candidate in left:
             self._observer.aborted(candidate)
@@ -165,6 +165,7 @@ class Engine:
     def worker_ready(self, worker: int, ready: Ready, channel: EngineChannel) -> None:
         """A fresh worker knows nothing: what nobody computes is sent again, with the tokens it has by now."""
         self._channels[worker] = channel
+        self._observer.worker_ready(worker, ready)
         self._router.joined(worker, ready.num_blocks, ready.block_size)
         self.worker = ready
         if self._sleep_level is not None and self.idle:
@@ -179,6 +180,9 @@ class Engine:
     def worker_step(self, worker: int, step: Step) -> None:
         now = time.monotonic()
         stopped: list[Candidate] = []
+        if step.work is not None:
+            for id_ in step.work.admitted:
+                self._observer.started(id_, now - step.work.seconds)
         for said in step.outputs:
             candidate, generation = self._running.get(said.id, (None, None))
             if candidate is None or generation is None:
@@ -195,7 +199,7 @@ class Engine:
                 else:
                     self._router.ended(worker)
         self._abort(stopped)
-        self._observer.stepped(worker, step.stats)
+        self._observer.stepped(worker, step.stats, step.work)
 
     def worker_slept(self, worker: int, slept: Slept) -> None:
         if slept.asleep:

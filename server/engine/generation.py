@@ -47,6 +47,11 @@ class RunningGeneration:
             cached_tokens=sum(candidate.cached_tokens for candidate in firsts),
         )
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max((len(candidate.tokens) for candidate in self.candidates), default=0)
+
     def take(self, candidate: Candidate, said: SequenceOutput) -> None:
         for delta in candidate.take(said):
             if self.request.best_of == self.request.n:

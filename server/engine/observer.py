@@ -1,4 +1,8 @@
-"""What happens to candidates, as metrics. The engine tells; nothing here decides anything."""
+"""What happens to requests and workers, as metrics. The engine tells; nothing here decides anything.
+
+These hold at any moment: requests admitted = requests ended + in flight; first tokens = requests that have a token;
+tokens generated = first tokens + tokens after them.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,30 @@ from collections import deque
 from dataclasses import dataclass
 
 from server.engine.candidate import Candidate
-from server.engine.request import Usage
+from server.engine.request import GenerationRequest, Usage
 from server.errors import Draining, RateLimited, TryLater
-from server.metrics import Metrics
-from server.worker.messages import Stats
+from server.metrics import BlockState, Finished, Metrics, Part, Phase, Rejection, TokenKind
+from server.worker.messages import FinishReason, Ready, Stats, Work
 
 RATE_WINDOW = 10.0  # seconds
+NO_KEY = "default"  # whose a call is on a server without keys
+FINISHED = {FinishReason.STOP: Finished.STOP, FinishReason.LENGTH: Finished.LENGTH}
 
 
 @dataclass(slots=True)
-class _Times:
+class _Life:
+    """When what happened to a request; None where it has not."""
+
     arrival: float
-    last_token: float | None = None
+    started: float | None = None  # its first step began
+    first_token: float | None = None
+    last_token: float = 0.0
+
+    @property
+    def phase(self) -> Phase:
+        if self.started is None:
+            return Phase.WAITING
+        return Phase.PREFILL if self.first_token is None else Phase.DECODE
 
 
 class Observer:
@@ -26,9 +42,10 @@ class Observer:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._times: dict[int, _Times] = {}
+        self._lives: dict[int, _Life] = {}  # by candidate
         self._last_stats: dict[int, Stats] = {}  # by worker
         self._recent: deque[tuple[float, int]] = deque()  # (when, tokens computed) of recent steps
+        metrics.in_flight.set_function(lambda: len(self._lives))
 
     @property
     def tokens_per_second(self) -> float:
@@ -38,70 +55,136 @@ class Observer:
         span = self._recent[-1][0] - self._recent[0][0]
         return sum(tokens for _, tokens in self._recent) / max(span, 1e-3)
 
+    # === Requests ===
+
     def rejected(self, refusal: TryLater) -> None:
         match refusal:
             case Draining():
-                reason = "draining"
+                reason = Rejection.DRAINING
             case RateLimited():
-                reason = "rate_limited"
+                reason = Rejection.RATE_LIMITED
             case _:
-                reason = "overloaded"
-        self._metrics.rejected.labels(reason).inc()
+                reason = Rejection.OVERLOADED
+        self._metrics.rejected(reason.value).inc()
 
-    def entered(self, key_name: str) -> None:
-        if key_name:
-            self._metrics.key_requests.labels(key_name).inc()
+    def entered(self, request: GenerationRequest) -> None:
+        self._metrics.key_requests(request.key_name or NO_KEY).inc()
+        self._metrics.params_n.observe(request.n)
 
-    def left(self, key_name: str, used: Usage) -> None:
-        if key_name:
-            self._metrics.key_tokens.labels(key_name, "prompt").inc(used.prompt_tokens)
-            self._metrics.key_tokens.labels(key_name, "generation").inc(used.completion_tokens)
+    def left(self, request: GenerationRequest, used: Usage, longest: int) -> None:
+        """longest: of its samples, in tokens."""
+        key = request.key_name or NO_KEY
+        self._metrics.key_tokens(key, TokenKind.PROMPT.value).inc(used.prompt_tokens)
+        self._metrics.key_tokens(key, TokenKind.GENERATION.value).inc(used.completion_tokens)
+        self._metrics.max_generation_tokens.observe(longest)
 
     def admitted(self, candidate: Candidate) -> None:
-        self._times[candidate.id] = _Times(time.monotonic())
+        self._lives[candidate.id] = _Life(time.monotonic())
         self._metrics.requests.inc()
 
+    def started(self, candidate_id: int, at: float) -> None:
+        """It is in a step that began at that time. Told again when it resumes; then it is no news."""
+        life = self._lives.get(candidate_id)
+        if life is not None and life.started is None:
+            life.started = max(at, life.arrival)
+
     def token(self, candidate: Candidate, now: float) -> None:
-        times = self._times[candidate.id]
-        if times.last_token is None:
-            self._metrics.ttft.observe(now - times.arrival)
+        metrics, life = self._metrics, self._lives[candidate.id]
+        if life.first_token is None:
+            life.first_token = now
+            metrics.ttft.observe(now - life.arrival)
+            self._prompt_done(candidate)
         else:
-            self._metrics.itl.observe(now - times.last_token)
-        times.last_token = now
-        self._metrics.generation_tokens.inc()
+            metrics.itl.observe(now - life.last_token)
+        life.last_token = now
+        metrics.generation_tokens.inc()
 
     def finished(self, candidate: Candidate, now: float) -> None:
         assert candidate.finish is not None
-        self._end(candidate, candidate.finish.value, now)
+        if self._lives[candidate.id].first_token is None:  # a prompt was scored, and no token wanted
+            self._prompt_done(candidate)
+        self._end(candidate, FINISHED[candidate.finish], now)
 
     def aborted(self, candidate: Candidate) -> None:
-        self._end(candidate, "abort", time.monotonic())
+        self._metrics.aborts(self._lives[candidate.id].phase.value).inc()
+        self._end(candidate, Finished.ABORT, time.monotonic())
 
     def failed(self, candidate: Candidate) -> None:
-        self._end(candidate, "error", time.monotonic())
+        self._end(candidate, Finished.ERROR, time.monotonic())
 
-    def _end(self, candidate: Candidate, reason: str, now: float) -> None:
-        times = self._times.pop(candidate.id)
-        self._metrics.success.labels(reason).inc()
-        self._metrics.e2e.observe(now - times.arrival)
+    def _prompt_done(self, candidate: Candidate) -> None:
         self._metrics.prompt_tokens.inc(len(candidate.prompt.token_ids))
-        self._metrics.request_prompt_tokens.observe(len(candidate.prompt.token_ids))
-        self._metrics.request_generation_tokens.observe(len(candidate.tokens))
+        self._metrics.prompt_tokens_cached.inc(candidate.cached_tokens)
 
-    def stepped(self, worker: int, stats: Stats) -> None:
-        metrics, last = self._metrics, self._last_stats.get(worker)
+    def _end(self, candidate: Candidate, reason: Finished, now: float) -> None:
+        metrics, life = self._metrics, self._lives.pop(candidate.id)
+        metrics.success(reason.value).inc()
+        metrics.e2e.observe(now - life.arrival)
+        metrics.request_prompt_tokens.observe(len(candidate.prompt.token_ids))
+        metrics.request_generation_tokens.observe(len(candidate.tokens))
+        metrics.params_max_tokens.observe(candidate.params.max_tokens)
+        if life.started is not None:
+            metrics.queue_time.observe(life.started - life.arrival)
+        if life.started is not None and life.first_token is not None:
+            decoding = life.last_token - life.first_token
+            metrics.prefill_time.observe(life.first_token - life.started)
+            metrics.decode_time.observe(decoding)
+            metrics.inference_time.observe(life.last_token - life.started)
+            if len(candidate.tokens) > 1:
+                metrics.tpot.observe(decoding / (len(candidate.tokens) - 1))
+
+    # === Workers ===
+
+    def worker_ready(self, worker: int, ready: Ready) -> None:
+        engine = str(worker)
+        self._metrics.up(engine).set(1)
+        self._metrics.cache_config(engine, str(ready.block_size), str(ready.num_blocks)).set(1)
+        self._metrics.kv_blocks(engine, BlockState.FREE.value).set(ready.num_blocks)
+
+    def stepped(self, worker: int, stats: Stats, work: Work | None) -> None:
+        engine = str(worker)
+        self._count(engine, stats, self._last_stats.get(worker))
         self._last_stats[worker] = stats
-        self._add_up()
-        metrics.heartbeat.set_to_current_time()
-        metrics.preemptions.inc(stats.preemptions - (last.preemptions if last else 0))
-        metrics.drafted.inc(stats.drafted - (last.drafted if last else 0))
-        metrics.accepted.inc(stats.accepted - (last.accepted if last else 0))
-        metrics.prefix_queries.inc(stats.prefix_queries - (last.prefix_queries if last else 0))
-        metrics.prefix_hits.inc(stats.prefix_hits - (last.prefix_hits if last else 0))
-        if stats.step_tokens:
-            metrics.step_seconds.observe(stats.step_seconds)
-            metrics.batch_tokens.observe(stats.step_tokens)
-            self._remember(stats.step_tokens)
+        self._show_books(engine, stats)
+        self._metrics.heartbeat(engine).set_to_current_time()
+        if work is not None:
+            self._metrics.step_seconds(engine).observe(work.seconds)
+            self._metrics.batch_size(engine).observe(work.sequences)
+            self._metrics.batch_tokens(engine).observe(work.tokens)
+            for part, seconds in ((Part.SCHEDULE, work.schedule), (Part.RUN, work.run), (Part.UPDATE, work.update)):
+                self._metrics.step_parts(engine, part.value).inc(seconds)
+            self._remember(work.tokens)
+
+    def worker_lost(self, worker: int) -> None:
+        """Its books died with it."""
+        engine = str(worker)
+        self._last_stats.pop(worker, None)
+        self._metrics.up(engine).set(0)
+        self._metrics.restarts(engine).inc()
+        self._show_books(engine, NO_BOOKS)
+
+    def _count(self, engine: str, stats: Stats, last: Stats | None) -> None:
+        """What has been added to the worker's counters since it was last heard of."""
+        metrics, last = self._metrics, last or NO_BOOKS
+        metrics.preemptions(engine).inc(stats.preemptions - last.preemptions)
+        metrics.prefix_queries(engine).inc(stats.prefix_queries - last.prefix_queries)
+        metrics.prefix_hits(engine).inc(stats.prefix_hits - last.prefix_hits)
+        metrics.drafts(engine).inc(stats.drafts - last.drafts)
+        metrics.drafted(engine).inc(stats.drafted - last.drafted)
+        metrics.accepted(engine).inc(sum(stats.accepted_at) - sum(last.accepted_at))
+        for place, accepted in enumerate(stats.accepted_at):
+            before = last.accepted_at[place] if place < len(last.accepted_at) else 0
+            metrics.accepted_at(engine, str(place)).inc(accepted - before)
+
+    def _show_books(self, engine: str, stats: Stats) -> None:
+        metrics = self._metrics
+        metrics.running(engine).set(stats.running)
+        metrics.waiting(engine).set(stats.waiting)
+        metrics.kv_usage(engine).set(stats.used_blocks / max(stats.num_blocks, 1))
+        metrics.kv_blocks(engine, BlockState.USED.value).set(stats.used_blocks)
+        metrics.kv_blocks(engine, BlockState.CACHED.value).set(stats.cached_blocks)
+        free = stats.num_blocks - stats.used_blocks - stats.cached_blocks
+        metrics.kv_blocks(engine, BlockState.FREE.value).set(free)
 
     def _remember(self, tokens: int) -> None:
         now = time.monotonic()
@@ -109,16 +192,8 @@ class Observer:
         while now - self._recent[0][0] > RATE_WINDOW:
             self._recent.popleft()
 
-    def worker_lost(self, worker: int) -> None:
-        """Its books died with it."""
-        self._last_stats.pop(worker, None)
-        self._metrics.worker_restarts.inc()
-        self._add_up()
 
-    def _add_up(self) -> None:
-        """Gauges are of all workers together."""
-        books = self._last_stats.values()
-        self._metrics.running.set(sum(stats.running for stats in books))
-        self._metrics.waiting.set(sum(stats.waiting for stats in books))
-        num_blocks = sum(stats.num_blocks for stats in books)
-        self._metrics.kv_usage.set(sum(stats.used_blocks for stats in books) / max(num_blocks, 1))
+NO_BOOKS = Stats(
+    running=0, waiting=0, used_blocks=0, cached_blocks=0, num_blocks=0, preemptions=0, prefix_queries=0, prefix_hits=0,
+    drafts=0, drafted=0, accepted_at=[],
+)  # fmt: skip

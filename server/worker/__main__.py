@@ -31,6 +31,7 @@ from server.worker.messages import (
     Step,
     ToWorker,
     WakeUp,
+    Work,
 )
 from server.worker.parts import (
     Networks,
@@ -77,7 +78,7 @@ class Worker:
             messages = self._channel.receive(wait=self._scheduler.idle)
             self.handle(messages)
             if not self._step() and messages:  # nothing to run, but the books may have changed
-                self._report([], 0.0, 0)
+                self._report([])
 
     def handle(self, messages: list[ToWorker]) -> None:
         for message in messages:
@@ -119,27 +120,38 @@ class Worker:
         self._channel.send(Slept(False))
 
     def _step(self) -> bool:
+        began = time.perf_counter()
         plan = self._scheduler.schedule()
         if plan is None:
             return False
         assert self._runner is not None, "work for a worker that sleeps"
-        began = time.perf_counter()
+        planned = time.perf_counter()
         result = self._runner.run(plan)
+        ran = time.perf_counter()
         outputs = self._scheduler.update(plan, result)
-        seconds = time.perf_counter() - began
+        updated = time.perf_counter()
+        seconds = updated - planned
         rows = plan.tokens + sum(result.drafted.values())
         if self._speculation is not None and plan.decodes:
             self._speculation.observe(rows, seconds)
         if self._budget is not None:
             least = self._scheduler.num_running + PREFILL_LEAST
             self._scheduler.token_budget = max(self._budget.observe(rows, seconds), least)
-        self._report(outputs, seconds, rows)
+        work = Work(
+            sequences=len(plan.chunks),
+            tokens=rows,
+            admitted=[new.id for new in plan.added],
+            schedule=planned - began,
+            run=ran - planned,
+            update=updated - ran,
+        )
+        self._report(outputs, work)
         return True
 
-    def _report(self, outputs: list[SequenceOutput], seconds: float, tokens: int) -> None:
+    def _report(self, outputs: list[SequenceOutput], work: Work | None = None) -> None:
         if self._scheduler.idle:
             self._scheduler.check()
-        self._channel.send(Step(outputs, self._scheduler.stats(step_seconds=seconds, step_tokens=tokens)))
+        self._channel.send(Step(outputs, self._scheduler.stats(), work))
 
 
 def _budget(start: Start) -> BudgetController | None:

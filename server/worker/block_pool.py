@@ -54,6 +54,7 @@ class BlockPool:
         self._keys: list[BlockKey | None] = [None] * num_blocks
         self._index: dict[bytes, int] = {}  # digest -> the block that holds it
         self._free = OrderedDict.fromkeys(range(num_blocks))
+        self._cached = 0  # how many of the free ones have a key
 
     @property
     def num_free(self) -> int:
@@ -62,6 +63,11 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         return self.num_blocks - len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks nobody holds, of which the content can still be found."""
+        return self._cached
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -85,6 +91,7 @@ class BlockPool:
         for block in blocks:
             if self._references[block] == 0:
                 del self._free[block]
+                self._cached -= 1
             self._references[block] += 1
 
     def allocate(self, count: int) -> list[int]:
@@ -97,6 +104,7 @@ class BlockPool:
             if key is not None:
                 del self._index[key.digest]
                 self._keys[block] = None
+                self._cached -= 1
         return blocks
 
     def register(self, block: int, key: BlockKey) -> None:
@@ -115,12 +123,15 @@ class BlockPool:
                 self._free[block] = None
                 if self._keys[block] is None:
                     self._free.move_to_end(block, last=False)
+                else:
+                    self._cached += 1
 
     def forget(self) -> None:
         """Empty the prefix index: what the blocks hold is gone. Nobody may hold any."""
         assert not self.num_used
         self._keys = [None] * self.num_blocks
         self._index.clear()
+        self._cached = 0
 
     def check(self, tables: Iterable[list[int]]) -> None:
         """Prove the books against the block tables of all who hold blocks."""
@@ -130,3 +141,5 @@ class BlockPool:
         assert len(held) + len(self._free) == self.num_blocks, "free + used differs from total"
         keyed = {key.digest: block for block, key in enumerate(self._keys) if key is not None}
         assert keyed == self._index, "the prefix index differs from the blocks' keys"
+        cached = sum(self._keys[block] is not None for block in self._free)
+        assert cached == self._cached, "the count of cached blocks is wrong"

@@ -94,19 +94,35 @@ class Stats(msgspec.Struct, frozen=True):
     running: int
     waiting: int
     used_blocks: int
+    cached_blocks: int  # nobody holds them, but what they hold can be found
     num_blocks: int
     preemptions: int
     prefix_queries: int  # prompt tokens looked up
     prefix_hits: int  # prompt tokens found
+    drafts: int  # runs of guesses
     drafted: int  # guesses that were put to the test
-    accepted: int  # guesses that were right
-    step_seconds: float
-    step_tokens: int
+    accepted_at: list[int]  # guesses that were right, by place in their run
+
+
+class Work(msgspec.Struct, frozen=True):
+    """One step that was run. Times are seconds."""
+
+    sequences: int
+    tokens: int  # guesses too
+    admitted: list[int]  # sequences that got their place in this step
+    schedule: float
+    run: float
+    update: float
+
+    @property
+    def seconds(self) -> float:
+        return self.schedule + self.run + self.update
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
     outputs: list[SequenceOutput]
     stats: Stats
+    work: Work | None = None  # None where nothing was run, and only the books have changed
 
 
 class Slept(msgspec.Struct, frozen=True, tag="slept"):

@@ -68,8 +68,9 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.drafts = 0
         self.drafted = 0
-        self.accepted = 0
+        self.accepted_at: list[int] = []  # right guesses, by place in their run
         self._steps = 0
         self._arrivals = 0
         self._sequences: dict[int, Sequence] = {}
@@ -279,8 +280,11 @@ class Scheduler:
     def _settle(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         """Guesses that were right are computed tokens now; the blocks that were lent to the others go back."""
         assert self._speculation is not None
+        self.drafts += drafted > 0
         self.drafted += drafted
-        self.accepted += accepted
+        self.accepted_at += [0] * (accepted - len(self.accepted_at))
+        for place in range(accepted):
+            self.accepted_at[place] += 1
         sequence.acceptance = self._speculation.learned(sequence.acceptance, drafted, accepted)
         if sequence.status is Status.RUNNING:  # else its blocks are gone, and it computes these tokens again
             sequence.computed += accepted
@@ -300,19 +304,19 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
-    def stats(self, *, step_seconds: float, step_tokens: int) -> Stats:
+    def stats(self) -> Stats:
         return Stats(
             running=len(self._running),
             waiting=len(self._waiting),
             used_blocks=self.pool.num_used,
+            cached_blocks=self.pool.num_cached,
             num_blocks=self.pool.num_blocks,
             preemptions=self.preemptions,
             prefix_queries=self.prefix_queries,
             prefix_hits=self.prefix_hits,
+            drafts=self.drafts,
             drafted=self.drafted,
-            accepted=self.accepted,
-            step_seconds=step_seconds,
-            step_tokens=step_tokens,
+            accepted_at=list(self.accepted_at),
         )
 
     def check(self) -> None:

@@ -352,7 +352,7 @@ def test_abort_while_waiting() -> None:
     sim.step()
     sim.abort(waiting)
     sim.abort(waiting)
-    assert sim.scheduler.stats(step_seconds=0.0, step_tokens=0).waiting == 0
+    assert sim.scheduler.stats().waiting == 0
     sim.drain()
     assert [client.message.id for client in sim.ended] == [running]
 
@@ -447,7 +447,7 @@ def test_salts_keep_prompts_apart() -> None:
 def test_switched_off_nothing_is_found_nor_asked() -> None:
     sim = Simulation(caching=False)
     assert [cached(sim, prompt(9)) for _ in range(2)] == [0, 0]
-    stats = sim.scheduler.stats(step_seconds=0.0, step_tokens=0)
+    stats = sim.scheduler.stats()
     assert (stats.prefix_queries, stats.prefix_hits) == (0, 0)
 
 
@@ -455,7 +455,7 @@ def test_queries_and_hits_are_counted_in_prompt_tokens() -> None:
     sim = Simulation()
     for length in (9, 9, 5):
         cached(sim, prompt(length))
-    stats = sim.scheduler.stats(step_seconds=0.0, step_tokens=0)
+    stats = sim.scheduler.stats()
     assert (stats.prefix_queries, stats.prefix_hits) == (23, 12)
 
 

@@ -103,7 +103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             SchedulerMachine.operations += self.sim.operations
             SchedulerMachine.preemptions += self.sim.scheduler.preemptions
             SchedulerMachine.hits += self.sim.scheduler.prefix_hits
-            SchedulerMachine.accepted += self.sim.scheduler.accepted
+            SchedulerMachine.accepted += sum(self.sim.scheduler.accepted_at)
 
 
 def run_machine(examples: int, at_least: int) -> None:

@@ -31,13 +31,15 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> tuple[list[int], list[Tok
 def token_logprobs(logits: Tensor, tokens: Tensor, tops: list[int]) -> list[TokenLogprobs]:
     """Raw log-softmax of each row's token and of its `tops[i]` most likely ones. logits: (rows, vocab)."""
     scores = torch.log_softmax(logits, dim=-1)
-    own = scores.gather(1, tokens[:, None])[:, 0].tolist()
+    chosen = scores.gather(1, tokens[:, None])  # (rows, 1)
+    own = chosen[:, 0].tolist()
+    ranks = (1 + (scores > chosen).sum(-1)).tolist()
     most = max(tops)
     if most == 0:
-        return [TokenLogprobs(value, []) for value in own]
+        return [TokenLogprobs(value, [], rank) for value, rank in zip(own, ranks, strict=True)]
     values, ids = scores.topk(most, dim=-1)  # falling order
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
     return [
-        TokenLogprobs(value, list(zip(row_ids[:top], row_values[:top], strict=True)))
-        for value, top, (row_ids, row_values) in zip(own, tops, pairs, strict=True)
+        TokenLogprobs(value, list(zip(row_ids[:top], row_values[:top], strict=True)), rank)
+        for value, rank, top, (row_ids, row_values) in zip(own, ranks, tops, pairs, strict=True)
     ]

@@ -61,6 +61,7 @@ class TokenLogprobs:
 
     logprob: float
     top: list[tuple[int, float]]
+    rank: int | None = None  # 1 + how many tokens are likelier; None where nobody counted
 
 
 class GrammarState(Enum):

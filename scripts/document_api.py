@@ -15,18 +15,25 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from server.api.embeddings import EmbeddingBody
 from server.api.limits import Limits
-from server.api.schemas import DetokenizeBody, StreamOptions, TokenizeBody, completion_schema, request_schema
+from server.api.schemas import (
+    StreamOptions,
+    completion_schema,
+    detokenize_schema,
+    embedding_schema,
+    request_schema,
+    tokenize_schema,
+)
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 SECTION = re.compile(r"(<!-- fields: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+LIMITS = Limits(max_model_len=1024, vocab_size=50257)
 SCHEMAS: dict[str, dict[str, Any]] = {
-    "completions": completion_schema(Limits(max_model_len=1024, vocab_size=50257)),
+    "completions": completion_schema(LIMITS),
     "stream_options": request_schema(StreamOptions),
-    "embeddings": request_schema(EmbeddingBody),
-    "tokenize": request_schema(TokenizeBody),
-    "detokenize": request_schema(DetokenizeBody),
+    "embeddings": embedding_schema(LIMITS),
+    "tokenize": tokenize_schema(),
+    "detokenize": detokenize_schema(LIMITS),
 }
 BOUNDS = (
     ("minimum", "≥ {}"), ("exclusiveMinimum", "> {}"), ("maximum", "≤ {}"), ("minLength", "at least {} characters"),

@@ -86,7 +86,7 @@ def create_app(
     app.include_router(model_routes(model))
     app.include_router(engine_routes(model, engine))
     app.include_router(tokenize_routes(model, tokenizer, texts, limits))
-    app.include_router(ops_routes(engine, registry, running, version))
+    app.include_router(ops_routes(engine, registry, running, version, grammars))
     if sleeper is not None:
         app.include_router(sleep_routes(sleeper))
     app.add_exception_handler(ServerError, answer_server_error)

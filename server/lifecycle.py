@@ -68,7 +68,7 @@ class Service:
             loop.add_signal_handler(number, self._on_signal, stop)
         if self.reload is not None:
             loop.add_signal_handler(signal.SIGHUP, self.reload)
-        await self.grammars.start()
+        starting = asyncio.create_task(self.grammars.start())  # no grammar has to wait for it later on
         http = asyncio.create_task(self.http.serve(sockets=[self.listener]))
         workers = [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
         announcing = asyncio.create_task(self._announce(announce))
@@ -83,6 +83,7 @@ class Service:
         finally:
             announcing.cancel()
             watching.cancel()
+            starting.cancel()
             for supervisor in self.supervisors:
                 supervisor.stop()
             status = max(await asyncio.gather(*workers))
@@ -99,7 +100,7 @@ class Service:
         stop.set()
 
     async def _announce(self, announce: Callable[[Ready], None]) -> None:
-        while not self.engine.ready:
+        while not (self.engine.ready and self.grammars.ready):
             await asyncio.sleep(POLL)
         assert self.engine.worker is not None
         announce(self.engine.worker)

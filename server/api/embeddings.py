@@ -12,7 +12,7 @@ from array import array
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from model.sampling_params import SamplingParams
@@ -22,20 +22,9 @@ from server.api.completions import CompletionService, cache_salt, while_there
 from server.api.limits import Limits
 from server.api.parsing import read_body_fields, read_object, unknown_fields
 from server.api.prompts import encode, read_prompts
-from server.api.schemas import Prompts, Wire, request_schema
+from server.api.schemas import EmbeddingBody, embedding_schema
 from server.engine.request import Generation, GenerationRequest, Prompt
 from server.errors import ContextLengthExceeded, InvalidRequest
-
-
-class EmbeddingBody(Wire):
-    """POST /v1/embeddings."""
-
-    model: str = Field(default="", description="name of the model; none means the one being served")
-    input: Prompts = Field(description="text, texts, token ids or lists of them; none may be empty")
-    encoding_format: Literal["float", "base64"] = Field(
-        default="float", description="base64: little-endian float32, as the clients ask by default"
-    )
-    user: str = ""
 
 
 class EmbeddingObject(BaseModel):
@@ -134,7 +123,7 @@ def embedding_routes(service: CompletionService) -> APIRouter:
     schema: dict[str, Any] = {
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": request_schema(EmbeddingBody)}},
+            "content": {"application/json": {"schema": embedding_schema(service.limits)}},
         }
     }
     answers: dict[int | str, dict[str, Any]] = {200: {"model": EmbeddingAnswer}}

@@ -11,6 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from starlette.responses import PlainTextResponse, Response
 
 from server.api.errors import error_response
+from server.engine.grammars import GrammarChecker
 from server.engine.request import GenerationEngine
 from server.errors import InvalidRequest, Overloaded
 
@@ -20,7 +21,13 @@ NO_CHAT = (
 )
 
 
-def ops_routes(engine: GenerationEngine, registry: CollectorRegistry, running: Set[str], version: str) -> APIRouter:
+def ops_routes(
+    engine: GenerationEngine,
+    registry: CollectorRegistry,
+    running: Set[str],
+    version: str,
+    grammars: GrammarChecker | None,
+) -> APIRouter:
     router = APIRouter(tags=["operations"])
 
     @router.get("/health")
@@ -29,7 +36,8 @@ def ops_routes(engine: GenerationEngine, registry: CollectorRegistry, running: S
 
     @router.get("/ready")
     async def ready() -> Response:
-        return _ok() if engine.ready else error_response(Overloaded("The server is not ready for requests."))
+        up = engine.ready and (grammars is None or grammars.ready)
+        return _ok() if up else error_response(Overloaded("The server is not ready for requests."))
 
     @router.get("/ping")
     @router.post("/ping")

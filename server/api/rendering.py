@@ -72,8 +72,8 @@ def prompt_logprobs_object(
         scores: dict[str, Any] = {
             str(id_): _scored(logprob, rank, texts[id_]) for rank, (id_, logprob) in enumerate(row.top[:count], 1)
         }
-        ranks = [rank for rank, (id_, _) in enumerate(row.top, 1) if id_ == token]
-        scores[str(token)] = _scored(row.logprob, ranks[0] if ranks else None, texts[token])
+        if str(token) not in scores:
+            scores[str(token)] = _scored(row.logprob, row.rank, texts[token])
         answer.append(scores)
     return answer
 

@@ -6,6 +6,7 @@ operator can set are not known here: parsing.py checks them, and `completion_sch
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -156,6 +157,17 @@ class CompletionBody(Wire):
     json_schema: Schema = Field(default=None, description="llama.cpp's name for guided_json")
 
 
+class EmbeddingBody(Wire):
+    """POST /v1/embeddings."""
+
+    model: str = Field(default="", description="name of the model; none means the one being served")
+    input: Prompts = Field(description="text, texts, token ids or lists of them; none may be empty")
+    encoding_format: Literal["float", "base64"] = Field(
+        default="float", description="base64: little-endian float32, as the clients ask by default"
+    )
+    user: str = ""
+
+
 class TokenizeBody(Wire):
     model: str = ""
     prompt: str | None = Field(default=None, description="the text; `content` and `text` are other names for it")
@@ -259,6 +271,9 @@ def completion_schema(limits: Limits) -> dict[str, Any]:
     }
     for name, maximum in maxima.items():
         schema["properties"][name]["anyOf"][0]["maximum"] = maximum
+    _bound_prompts(schema["properties"]["prompt"], limits)
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        _bound_ids(schema["properties"][name]["anyOf"][0], limits)
     schema["properties"]["stop"]["anyOf"][1]["maxItems"] = limits.max_stop_strings
     schema["properties"]["logit_bias"]["anyOf"][0]["maxProperties"] = limits.max_logit_bias
     for name in ("bad_words", "dry_sequence_breakers"):
@@ -266,3 +281,40 @@ def completion_schema(limits: Limits) -> dict[str, Any]:
         words["maxItems"] = limits.max_bad_words if name == "bad_words" else limits.max_breakers
         words["items"]["maxLength"] = limits.max_stop_length if name == "bad_words" else limits.max_breaker_length
     return schema
+
+
+def tokenize_schema() -> dict[str, Any]:
+    """The text goes by one of three names."""
+    one = [{"required": [name], "properties": {name: {"type": "string"}}} for name in ("prompt", "content", "text")]
+    return {**request_schema(TokenizeBody), "oneOf": one}
+
+
+def detokenize_schema(limits: Limits) -> dict[str, Any]:
+    schema = request_schema(DetokenizeBody)
+    _bound_ids(schema["properties"]["tokens"], limits)
+    return schema
+
+
+def embedding_schema(limits: Limits) -> dict[str, Any]:
+    schema = request_schema(EmbeddingBody)
+    field = schema["properties"]["input"]
+    _bound_prompts(field, limits)
+    text, texts, ids, lists = field["anyOf"] = deepcopy(field["anyOf"])
+    for option in (text, texts["items"]):
+        option["minLength"] = 1
+    for option in (ids, lists["items"]):
+        option["maxItems"] = limits.max_model_len
+    return schema
+
+
+def _bound_prompts(field: dict[str, Any], limits: Limits) -> None:
+    """The four forms, with what the operator and the vocabulary make of them."""
+    text, texts, ids, lists, *null = deepcopy(field["anyOf"])
+    texts["maxItems"] = lists["maxItems"] = limits.max_prompts
+    _bound_ids(ids, limits)
+    _bound_ids(lists["items"], limits)
+    field["anyOf"] = [text, texts, ids, lists, *null]
+
+
+def _bound_ids(array: dict[str, Any], limits: Limits) -> None:
+    array["items"]["maximum"] = limits.vocab_size - 1

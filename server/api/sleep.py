@@ -24,15 +24,16 @@ class Sleeper(Protocol):
 def sleep_routes(sleeper: Sleeper) -> APIRouter:
     router = APIRouter(tags=["operations"])
 
-    @router.post("/sleep")
+    @router.post("/sleep", response_class=Response)
     async def sleep(request: Request) -> Response:
-        """Answers once the memory is given back: at level 1 the KV pool, at level 2 the weights too."""
+        """Answers once the memory is given back: at level 1 the KV pool, at level 2 the weights too. As vLLM's, the
+        answer has no body."""
         level = _choice(request, "level", ("1", "2"))
         mode = _choice(request, "mode", ("wait", "abort"))
         await sleeper.sleep(int(level), abort=mode == "abort")
         return Response()
 
-    @router.post("/wake_up")
+    @router.post("/wake_up", response_class=Response)
     async def wake_up(request: Request) -> Response:
         """Answers once requests are taken again."""
         if request.query_params.get("tags"):

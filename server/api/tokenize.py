@@ -14,7 +14,14 @@ from server.api.limits import Limits
 from server.api.models import ServedModel
 from server.api.parsing import read_body_fields, read_object
 from server.api.prompts import read_ids, tokenize
-from server.api.schemas import DetokenizeAnswer, DetokenizeBody, TokenizeAnswer, TokenizeBody, Wire, request_schema
+from server.api.schemas import (
+    DetokenizeAnswer,
+    DetokenizeBody,
+    TokenizeAnswer,
+    TokenizeBody,
+    detokenize_schema,
+    tokenize_schema,
+)
 from server.engine.output import TokenTexts
 from server.errors import InvalidRequest
 
@@ -22,7 +29,7 @@ from server.errors import InvalidRequest
 def tokenize_routes(model: ServedModel, tokenizer: Tokenizer, texts: TokenTexts, limits: Limits) -> APIRouter:
     router = APIRouter(tags=["tokenizer"])
 
-    @router.post("/tokenize", openapi_extra=_schema(TokenizeBody), responses={200: {"model": TokenizeAnswer}})
+    @router.post("/tokenize", openapi_extra=_body(tokenize_schema()), responses={200: {"model": TokenizeAnswer}})
     async def encode_text(request: Request) -> Response:
         body = read_body_fields(TokenizeBody, read_object(await read_body(request.scope, request.receive, limits)))
         model.resolve(body.model)
@@ -37,7 +44,9 @@ def tokenize_routes(model: ServedModel, tokenizer: Tokenizer, texts: TokenTexts,
             "token_strs": [texts[token] for token in tokens] if body.return_token_strs else None,
         })  # fmt: skip
 
-    @router.post("/detokenize", openapi_extra=_schema(DetokenizeBody), responses={200: {"model": DetokenizeAnswer}})
+    @router.post(
+        "/detokenize", openapi_extra=_body(detokenize_schema(limits)), responses={200: {"model": DetokenizeAnswer}}
+    )
     async def decode_tokens(request: Request) -> Response:
         body = read_body_fields(DetokenizeBody, read_object(await read_body(request.scope, request.receive, limits)))
         model.resolve(body.model)
@@ -60,5 +69,5 @@ def tokenize_routes(model: ServedModel, tokenizer: Tokenizer, texts: TokenTexts,
     return router
 
 
-def _schema(body: type[Wire]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": request_schema(body)}}}}
+def _body(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 
 QUEUE_MAX = 32  # grammars that may wait for their turn
 REMEMBERED_MAX = 64
+START_TIMEOUT = 60.0  # seconds
 ANSWER_TIMEOUT = 10.0  # seconds; the checker itself answers long before, unless it is stuck
 LINE_MAX = 16 << 20
+READY = b"ready\n"  # the first line a checker says
 
 
 class GrammarKind(Enum):
@@ -56,11 +58,29 @@ class GrammarChecker:
         self._process: Process | None = None
         self._turn = asyncio.Lock()
         self._waiting = 0
+        self._ready = False
         self._remembered: OrderedDict[GrammarSource, str] = OrderedDict()
 
+    @property
+    def ready(self) -> bool:
+        """It has been up: from then on no grammar waits for a start, unless the checker has to be replaced."""
+        return self._ready
+
     async def start(self) -> None:
-        """Does not wait until it is ready."""
+        """Returns when it has its vocabulary. One that does not come up is tried again with the next grammar."""
+        async with self._turn:
+            try:
+                await self._start()
+            except (OSError, TimeoutError, EngineError) as error:
+                log.warning("grammar checker did not start", extra={"reason": type(error).__name__})
+                await self.stop()
+        self._ready = True
+
+    async def _start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE, limit=LINE_MAX)
+        assert self._process.stdout is not None
+        if await asyncio.wait_for(self._process.stdout.readline(), START_TIMEOUT) != READY:
+            raise EngineError("The grammar checker did not start.")
 
     async def stop(self) -> None:
         process, self._process = self._process, None
@@ -99,18 +119,19 @@ class GrammarChecker:
             self._waiting -= 1
 
     async def _exchange(self, line: bytes) -> Verdict:
-        if self._process is None or self._process.returncode is not None:
-            await self.start()
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
         try:
+            if self._process is None or self._process.returncode is not None:
+                await self._start()
+            process = self._process
+            assert process is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             process.stdin.write(line)
             await process.stdin.drain()
             answer = await asyncio.wait_for(process.stdout.readline(), ANSWER_TIMEOUT)
             return msgspec.json.decode(answer, type=Verdict)
-        except (OSError, TimeoutError, ValueError) as error:  # it is gone or stuck: the next grammar gets another
+        except (OSError, TimeoutError, ValueError, EngineError) as error:
+            # It is gone or stuck: the next grammar gets another.
             log.warning("grammar checker failed", extra={"reason": type(error).__name__})
             await self.stop()
             raise EngineError("The grammar could not be checked.") from None

@@ -31,7 +31,7 @@ def logprobs_of(token: int, position: int, count: int) -> TokenLogprobs:
     """Made up, but a function of the token and its place: what is scored twice scores the same."""
     top = [((position * 7 + rank * 11) % 256, -0.25 - rank / 2) for rank in range(count)]
     value = dict(top).get(token, -9.0 - token / 1000)
-    return TokenLogprobs(value, top)
+    return TokenLogprobs(value, top, token + 1)
 
 
 Script = Callable[[Prompt, SamplingParams], list[int]]

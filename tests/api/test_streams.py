@@ -78,7 +78,7 @@ def test_prompt_logprobs(api: Api) -> None:
         None,
         {
             "7": {"logprob": -0.25, "rank": 1, "decoded_token": "\x07"},
-            "98": {"logprob": -9.098, "rank": None, "decoded_token": "b"},
+            "98": {"logprob": -9.098, "rank": 99, "decoded_token": "b"},
         },
     ]
     assert choice["logprobs"] is None

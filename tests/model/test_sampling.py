@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from model.dry import DryParams
-from model.sampling import sample
+from model.sampling import sample, token_logprobs
 from model.sampling_params import SamplingParams
 from model.sampling_row import SamplingRow
 
@@ -202,3 +202,14 @@ def test_the_logits_handed_in_stay_as_they_were() -> None:
     before = values.clone()
     sample(values, [row(logit_bias=((3, 50.0),)), row(temperature=0.0, min_tokens=3)])
     assert torch.equal(values, before)
+
+
+def test_ranks_count_the_likelier_tokens() -> None:
+    values = logits(rows=6, seed=9)
+    values[:, 500:] = values[:, :500]  # each value twice: of two alike, neither is likelier
+    tokens = torch.randint(0, VOCAB, (6,), generator=torch.Generator().manual_seed(1))
+    scores = token_logprobs(values, tokens, [0, 1, 5, 20, 0, 3])
+    raw = values.numpy()
+    assert [score.rank for score in scores] == [
+        1 + int((raw[i] > raw[i, token]).sum()) for i, token in enumerate(tokens.tolist())
+    ]

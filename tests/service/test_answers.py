@@ -166,3 +166,8 @@ def test_prompt_logprobs_without_echo(idle: RunningServer) -> None:
     assert choice["prompt_logprobs"][0] is None
     assert len(choice["prompt_logprobs"]) == 4
     assert choice["logprobs"] is None
+    many = idle.complete(prompt="a b c d", max_tokens=1, prompt_logprobs=20)["choices"][0]["prompt_logprobs"]
+    for few, more in zip(choice["prompt_logprobs"][1:], many[1:], strict=True):
+        assert sorted(scored["rank"] for scored in more.values())[:20] == list(range(1, 21))
+        assert all(more[token] == scored for token, scored in few.items())
+        assert max(scored["rank"] for scored in more.values()) <= 50257

@@ -204,7 +204,7 @@ def test_hostile_grammars_are_refused_within_a_second_and_disturb_nobody(idle: R
             answer = httpx.post(f"{idle.url}/v1/completions", json={"prompt": "a", **fields}, timeout=10)
             assert answer.status_code == 400, (name, answer.text)
             assert answer.json()["error"]["param"] == next(iter(fields)), (name, answer.text)
-            assert time.monotonic() - began < 1.5, name
+            assert time.monotonic() - began < 1, name
         assert stream.result() == expected
 
 

@@ -15,5 +15,7 @@ class Batch:
     positions: Tensor  # (rows,) int64, from 0 in each sequence
     slots: Tensor  # (rows,) int64: block * block_size + offset, where a row's key and value are kept
     query_starts: Tensor  # (sequences + 1,) int32
+    contexts: Tensor  # (sequences,) int32: how many positions are computed once the step has run
     block_tables: Tensor  # (sequences, blocks) int32, contiguous; entries past a sequence's blocks mean nothing
-    spans: tuple[tuple[int, int], ...]  # (sequences) pairs (rows, context length), for paths that loop in Python
+    spans: tuple[tuple[int, int], ...]  # (sequences) pairs (rows, context length), for paths that loop in Python;
+    # empty where every sequence has one row and no shape may depend on the contexts

@@ -63,8 +63,8 @@ class Row:
         params = self.params
         return SamplingRow(
             params=params,
-            uniform=0.0 if params.greedy else self._uniform(position),
-            coin=self._uniform(position, word=1) if params.xtc_probability > 0 else 0.0,
+            uniform=self.uniform(position),
+            coin=self.uniform(position, word=1) if params.xtc_probability > 0 else 0.0,
             eos_token_id=eos_token_id,
             prompt=torch.from_numpy(self.tokens[: self.prompt_length]).to(device),
             output=torch.from_numpy(self.tokens[self.prompt_length : position]).to(device),
@@ -79,8 +79,10 @@ class Row:
         bits = np.unpackbits(packed, count=self.matcher.vocab_size, bitorder="little")
         return torch.from_numpy(bits.view(np.bool_)).to(device)
 
-    def _uniform(self, position: int, word: int = 0) -> float:
-        """Number `word` of the position's own; drawn for many positions ahead, since most will be asked for."""
+    def uniform(self, position: int, word: int = 0) -> float:
+        """Number `word` of the position's own; 0 where none is needed. Drawn ahead, since most will be asked for."""
+        if self.params.greedy:
+            return 0.0
         start, numbers = self._uniforms.get(word, (0, []))
         if not start <= position < start + len(numbers):
             start = position
@@ -124,6 +126,7 @@ def lay_out(spans: list[Span], block_size: int, device: torch.device) -> Batch:
         positions=place(positions),
         slots=place(slots),
         query_starts=place(starts),
+        contexts=place(np.array([span.start + span.count for span in spans], dtype=np.int32)),
         block_tables=place(tables),
         spans=tuple((span.count, span.start + span.count) for span in spans),
     )

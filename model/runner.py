@@ -15,12 +15,23 @@ from model.kv_cache import KVCache
 from model.row import Row, Span, lay_out
 from model.sampling import sample, token_logprobs
 from model.speculative import Drafter
-from model.step import NewSequence, PromptLogprobs, SampledToken, StepPlan, StepResult, TokenLogprobs
+from model.step import (
+    Done,
+    NewSequence,
+    Pending,
+    PromptLogprobs,
+    SampledToken,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 
 SCORED_ROWS = 64  # prompt scoring holds this many rows of logits at once, not prompt x vocabulary
 
 
 class Runner:
+    ahead = 0  # how many plans may be launched beyond the last one whose result was taken
+
     def __init__(
         self,
         model: GPT2,
@@ -38,18 +49,29 @@ class Runner:
         self._max_blocks = -(-max_model_len // cache.block_size)
         self._drafter = drafter
         self._grammars = grammars
-        self._rows: dict[int, Row] = {}
+        self.rows: dict[int, Row] = {}
+
+    def run(self, plan: StepPlan) -> StepResult:
+        return self.launch(plan).result()
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> Pending:
+        self.prepare(plan)
+        return Done(self.compute(plan))
+
+    def prepare(self, plan: StepPlan) -> None:
+        """Bring the rows up to date."""
         self.forget(plan.removed)
         for new in plan.added:
-            self._rows[new.id] = Row(new, self._context, self._max_blocks, self._matcher(new))
+            self.rows[new.id] = Row(new, self._context, self._max_blocks, self._matcher(new))
         for chunk in plan.chunks:
-            self._rows[chunk.id].take_blocks(chunk)
+            self.rows[chunk.id].take_blocks(chunk)
+
+    def compute(self, plan: StepPlan) -> StepResult:
+        """The rest of a step, once its rows are prepared."""
         guesses = self._guesses(plan)
         spans = [
-            Span(self._rows[chunk.id], chunk.start, chunk.count + len(guessed))
+            Span(self.rows[chunk.id], chunk.start, chunk.count + len(guessed))
             for chunk, guessed in zip(plan.chunks, guesses, strict=True)
         ]
         hidden = self._model.forward(lay_out(spans, self._cache.block_size, self._device), self._cache)
@@ -66,7 +88,7 @@ class Runner:
 
     def forget(self, ids: list[int]) -> None:
         for id_ in ids:
-            del self._rows[id_]
+            del self.rows[id_]
             if self._drafter is not None:
                 self._drafter.forget(id_)
 
@@ -74,9 +96,9 @@ class Runner:
         """Of each chunk, and laid down in its row."""
         if self._drafter is None:
             return [[] for _ in plan.chunks]
-        guesses = self._drafter.draft(plan.chunks, self._rows)
+        guesses = self._drafter.draft(plan.chunks, self.rows)
         for i, chunk in enumerate(plan.chunks):
-            row = self._rows[chunk.id]
+            row = self.rows[chunk.id]
             assert len(guesses[i]) <= chunk.drafts
             if row.matcher is not None:  # a grammar says what may follow known tokens alone
                 guesses[i] = []
@@ -90,7 +112,7 @@ class Runner:
             return []
         eos = self._model.config.eos_token_id
         deciders = [
-            self._rows[chunk.id].sampling_row(ahead, eos, self._device)
+            self.rows[chunk.id].sampling_row(ahead, eos, self._device)
             for chunk, _, guessed in wanted
             for ahead in range(len(guessed) + 1)
         ]
@@ -101,7 +123,7 @@ class Runner:
             own = [next(drawn) for _ in range(len(guessed) + 1)]
             right = next((i for i, guess in enumerate(guessed) if guess != own[i][0]), len(guessed))
             for token, scores in own[: right + 1]:
-                state = self._rows[chunk.id].append(token)
+                state = self.rows[chunk.id].append(token)
                 sampled.append(SampledToken(chunk.id, token, scores, state))
         return sampled
 
@@ -109,7 +131,7 @@ class Runner:
         """The mean of a prompt's final hidden states, where that is wanted, once its last chunk has run."""
         pooled = {}
         for chunk, piece in zip(plan.chunks, pieces, strict=True):
-            row = self._rows[chunk.id]
+            row = self.rows[chunk.id]
             if row.params.pooled:
                 row.hidden_sum = row.hidden_sum + self._model.final(piece).double().sum(0).cpu().numpy()
                 if chunk.start + chunk.count == row.prompt_length:
@@ -119,7 +141,7 @@ class Runner:
     def _score_prompts(self, plan: StepPlan, pieces: tuple[Tensor, ...]) -> list[PromptLogprobs]:
         scored = []
         for chunk, piece in zip(plan.chunks, pieces, strict=True):
-            row = self._rows[chunk.id]
+            row = self.rows[chunk.id]
             # The hidden state at position p scores the prompt's token at p + 1.
             stop = min(chunk.start + chunk.count, row.prompt_length - 1)
             if row.params.prompt_logprobs is not None and chunk.start < stop:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from model.sampling_params import SamplingParams
 
@@ -97,3 +98,21 @@ class StepResult:
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     drafted: dict[int, int] = field(default_factory=dict)  # guesses made for a sequence, if any
     pooled: dict[int, bytes] = field(default_factory=dict)  # (n_embd,) float32, little-endian, by sequence
+
+
+class Pending(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> StepResult:
+        """Waits for it. May be asked again."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that was over when it had been launched."""
+
+    outcome: StepResult
+
+    def result(self) -> StepResult:
+        return self.outcome

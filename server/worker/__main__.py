@@ -12,10 +12,8 @@ import socket
 import sys
 import time
 
-import torch
-
 from model.errors import ModelError
-from model.runner import Runner
+from model.gpu import cuda
 from server.worker.budget import PREFILL_LEAST, BudgetController
 from server.worker.channel import WorkerChannel
 from server.worker.messages import (
@@ -41,6 +39,7 @@ from server.worker.parts import (
     make_scheduler,
     make_speculation,
 )
+from server.worker.pipeline import Pipeline
 
 EXIT_CONFIG = 78
 
@@ -56,9 +55,10 @@ class Worker:
         self._channel = channel
         self._networks: Networks | None = networks  # None in deep sleep
         self._num_blocks = count_blocks(start, networks)
-        self._runner: Runner | None = make_runner(start, networks, self._num_blocks)  # None in any sleep
         self._speculation = make_speculation(start, networks)
         self._scheduler = make_scheduler(start, networks, self._num_blocks, self._speculation)
+        # None in any sleep
+        self._pipeline: Pipeline | None = Pipeline(self._scheduler, make_runner(start, networks, self._num_blocks))
         self._budget = _budget(start)
         if self._budget is not None:
             self._scheduler.token_budget = self._budget.budget
@@ -75,7 +75,7 @@ class Worker:
     def loop(self) -> None:
         """Until Shutdown. Raises EOFError or ConnectionError when the api process is gone."""
         while not self._stopping:
-            messages = self._channel.receive(wait=self._scheduler.idle)
+            messages = self._channel.receive(wait=self._idle)
             self.handle(messages)
             if not self._step() and messages:  # nothing to run, but the books may have changed
                 self._report([])
@@ -103,34 +103,33 @@ class Worker:
     def _sleep(self, *, deep: bool) -> None:
         """Give back the KV pool, and if deep the weights. Nothing runs any more: the api process has seen to that."""
         self._scheduler.forget_cache()
-        self._runner = None
+        self._pipeline = None
         if deep:
             self._networks = None
         gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        cuda.release()
         self._channel.send(Slept(True))
 
     def _wake_up(self) -> None:
         """Raises ModelError where the weights have to be read again and cannot be."""
         if self._networks is None:
             self._networks = load_networks(self._start)
-        if self._runner is None:
-            self._runner = make_runner(self._start, self._networks, self._num_blocks)
+        if self._pipeline is None:
+            self._pipeline = Pipeline(self._scheduler, make_runner(self._start, self._networks, self._num_blocks))
         self._channel.send(Slept(False))
 
+    @property
+    def _idle(self) -> bool:
+        return self._scheduler.idle and (self._pipeline is None or self._pipeline.empty)
+
     def _step(self) -> bool:
-        began = time.perf_counter()
-        plan = self._scheduler.schedule()
-        if plan is None:
+        if self._pipeline is None:
+            assert self._scheduler.idle, "work for a worker that sleeps"
             return False
-        assert self._runner is not None, "work for a worker that sleeps"
-        planned = time.perf_counter()
-        result = self._runner.run(plan)
-        ran = time.perf_counter()
-        outputs = self._scheduler.update(plan, result)
-        updated = time.perf_counter()
-        seconds = updated - planned
+        landed = self._pipeline.step()
+        if landed is None:
+            return False
+        plan, result, seconds = landed.plan, landed.result, landed.run + landed.update
         rows = plan.tokens + sum(result.drafted.values())
         if self._speculation is not None and plan.decodes:
             self._speculation.observe(rows, seconds)
@@ -141,11 +140,11 @@ class Worker:
             sequences=len(plan.chunks),
             tokens=rows,
             admitted=[new.id for new in plan.added],
-            schedule=planned - began,
-            run=ran - planned,
-            update=updated - ran,
+            schedule=landed.schedule,
+            run=landed.run,
+            update=landed.update,
         )
-        self._report(outputs, work)
+        self._report(landed.outputs, work)
         return True
 
     def _report(self, outputs: list[SequenceOutput], work: Work | None = None) -> None:

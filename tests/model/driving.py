@@ -61,6 +61,7 @@ class Network:
             positions=torch.tensor([p for _, p in where]),
             slots=torch.tensor(slots),
             query_starts=torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+            contexts=torch.tensor([start + len(tokens) for _, tokens, start in pieces], dtype=torch.int32),
             block_tables=torch.tensor(tables, dtype=torch.int32),
             spans=tuple((len(tokens), start + len(tokens)) for _, tokens, start in pieces),
         )

@@ -1,0 +1,152 @@
+"""picking.py's rules for a whole batch at once, on the device, without a word to the host.
+
+Every row is decided as it would be alone: which of the ways below it takes follows from its own parameters. What needs
+more than numbers of the row itself (penalties, biases, bans, grammars, typical_p, xtc) is not done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.gpu.accelerator import Accelerator
+from model.sampling_params import SamplingParams
+
+HEAD = 256  # candidates that a row of a small top_k is picked from
+SLICE = 64  # rows of the vocabulary sorted, or summed in float64, at a time: it bounds the memory
+
+
+class Way(IntEnum):
+    GREEDY = 0
+    WHOLE = 1  # no filter: the inverse of the cumulative distribution in token order
+    HEAD = 2  # top_k of at most HEAD, perhaps with others
+    SORTED = 3  # other filters
+
+
+def on_device(params: SamplingParams) -> bool:
+    """Whether this module can decide such a row."""
+    return not (
+        params.logit_bias
+        or params.allowed_token_ids is not None
+        or params.bad_words
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1
+        or params.dry is not None
+        or params.grammar is not None
+        or params.min_tokens
+        or params.typical_p < 1
+        or params.xtc_probability > 0
+    )
+
+
+def way(params: SamplingParams) -> Way:
+    if params.greedy:
+        return Way.GREEDY
+    if params.top_k is not None and params.top_k <= HEAD:
+        return Way.HEAD
+    return Way.SORTED if params.top_p < 1 or params.min_p > 0 or params.top_k is not None else Way.WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What decides one row, beside its logits."""
+
+    params: SamplingParams
+    uniform: float  # in [0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """Of a batch, on the device: (rows, 1) float64 each."""
+
+    ways: Tensor
+    uniform: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+    def rows(self, start: int, stop: int) -> Controls:
+        parts = self.ways, self.uniform, self.temperature, self.top_k, self.top_p, self.min_p
+        return Controls(*(part[start:stop] for part in parts))
+
+
+class Sampler:
+    """Owns the buffers its controls travel in, two in turn on the host's side."""
+
+    def __init__(self, accelerator: Accelerator, max_rows: int, vocab_size: int) -> None:
+        size = 6 * max_rows
+        self._vocab_size = vocab_size
+        self._host = [accelerator.host_buffer(size, torch.float64) for _ in range(2)]
+        self._device = torch.zeros(size, dtype=torch.float64, device=accelerator.device)
+        self._turn = 0
+
+    def refine(self, logits: Tensor, greedy: Tensor, draws: list[Draw]) -> Tensor:
+        """The rows' tokens, (rows,) int64. logits: (rows, vocab) fp32; greedy: (rows,) int64, their largest."""
+        ways = {way(draw.params) for draw in draws} - {Way.GREEDY}
+        if not ways:
+            return greedy
+        controls = self._load(draws)
+        pieces = []
+        for start in range(0, len(draws), SLICE):
+            stop = min(start + SLICE, len(draws))
+            pieces.append(_pick(logits[start:stop], greedy[start:stop], controls.rows(start, stop), ways))
+        return torch.cat(pieces)
+
+    def _load(self, draws: list[Draw]) -> Controls:
+        self._turn = 1 - self._turn
+        host, rows = self._host[self._turn], len(draws)
+        table = host.numpy()[: 6 * rows].reshape(6, rows)
+        table[:] = np.array([self._row(draw) for draw in draws]).T
+        device = self._device[: 6 * rows]
+        device.copy_(host[: 6 * rows], non_blocking=True)
+        return Controls(*device.view(6, rows, 1).unbind(0))
+
+    def _row(self, draw: Draw) -> tuple[float, ...]:
+        params = draw.params
+        top_k = self._vocab_size if params.top_k is None else params.top_k
+        temperature = 1.0 if params.greedy else params.temperature
+        return float(way(params)), draw.uniform, temperature, float(top_k), params.top_p, params.min_p
+
+
+def _pick(logits: Tensor, tokens: Tensor, controls: Controls, ways: set[Way]) -> Tensor:
+    probabilities = (logits / controls.temperature.float()).softmax(dim=-1)
+    choices: dict[Way, Callable[[Tensor, Controls], Tensor]] = {
+        Way.WHOLE: _pick_whole,
+        Way.HEAD: _pick_head,
+        Way.SORTED: _pick_sorted,
+    }
+    for each in sorted(ways):
+        tokens = torch.where(controls.ways[:, 0] == each, choices[each](probabilities, controls), tokens)
+    return tokens
+
+
+def _pick_whole(probabilities: Tensor, controls: Controls) -> Tensor:
+    mass = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    return torch.searchsorted(mass, controls.uniform * mass[:, -1:], right=True)[:, 0]
+
+
+def _pick_head(probabilities: Tensor, controls: Controls) -> Tensor:
+    head = probabilities.topk(min(HEAD, probabilities.shape[-1]), dim=-1)
+    return _pick_of(head.values, head.indices, controls)
+
+
+def _pick_sorted(probabilities: Tensor, controls: Controls) -> Tensor:
+    return _pick_of(*probabilities.sort(dim=-1, descending=True, stable=True), controls)
+
+
+def _pick_of(values: Tensor, ids: Tensor, controls: Controls) -> Tensor:
+    """values: (rows, candidates) in falling order. min_p and top_k, then top_p of what they left, then the draw."""
+    likely = (values >= controls.min_p.float() * values[:, :1]).sum(dim=-1, keepdim=True)
+    kept = torch.minimum(likely, controls.top_k.long()).clamp(1, values.shape[-1])
+    mass = values.cumsum(dim=-1, dtype=torch.float64)
+    reached = (mass < controls.top_p * mass.gather(1, kept - 1)).sum(dim=-1, keepdim=True) + 1
+    kept = torch.where(controls.top_p < 1, torch.minimum(kept, reached), kept)
+    chosen = (mass <= controls.uniform * mass.gather(1, kept - 1)).sum(dim=-1, keepdim=True)
+    return ids.gather(1, torch.minimum(chosen, kept - 1))[:, 0]

@@ -1,0 +1,95 @@
+"""The batched sampler against picking.py, which decides one row at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from standin import StandIn
+from torch import Tensor
+
+from model.dry import DryParams
+from model.gpu.sampling import Draw, Sampler, on_device
+from model.picking import pick
+from model.sampling_params import SamplingParams
+from model.sampling_row import SamplingRow
+
+VOCAB = 700
+
+
+def params(**fields: Any) -> SamplingParams:
+    return SamplingParams(seed=1, **fields)
+
+
+def draws() -> st.SearchStrategy[Draw]:
+    made = st.builds(
+        params,
+        temperature=st.sampled_from([0.0, 0.2, 1.0, 3.0]),
+        top_k=st.sampled_from([None, 1, 2, 50, 256, 257, 699]),
+        top_p=st.sampled_from([0.0, 0.1, 0.8, 0.999, 1.0]),
+        min_p=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    )
+    uniform = st.integers(0, 2**32 - 1).map(lambda word: word * 2.0**-32)
+    return st.builds(Draw, made, uniform)
+
+
+def row_of(draw: Draw) -> SamplingRow:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return SamplingRow(
+        params=draw.params, uniform=draw.uniform, eos_token_id=0, prompt=nothing, output=nothing, coin=0.0, allowed=None
+    )
+
+
+def refine(logits: Tensor, rows: list[Draw]) -> list[int]:
+    tokens: list[int] = Sampler(StandIn(), len(rows), VOCAB).refine(logits, logits.argmax(-1), rows).tolist()
+    return tokens
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(draws(), min_size=1, max_size=70), st.integers(0, 1000))
+def test_a_batch_is_decided_as_its_rows_would_be(rows: list[Draw], seed: int) -> None:
+    logits = 4 * torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(seed))
+    expected = [pick(logits[i : i + 1], [row_of(row)])[0] for i, row in enumerate(rows)]
+    assert refine(logits, rows) == expected
+
+
+def test_a_row_does_not_feel_its_neighbours() -> None:
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(3))
+    rows = [Draw(params(top_p=0.9), 0.4), Draw(params(), 0.4), Draw(params(top_k=9), 0.4), Draw(params(top_k=1), 0.4)]
+    assert refine(logits, rows) == [refine(logits[i : i + 1], rows[i : i + 1])[0] for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": ((5, 1.0),)},
+        {"allowed_token_ids": (1, 2)},
+        {"bad_words": ((1,),)},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"repetition_penalty": 1.1},
+        {"dry": DryParams(multiplier=0.8)},
+        {"grammar": "{}"},
+        {"min_tokens": 1},
+        {"typical_p": 0.9},
+        {"xtc_probability": 0.5},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_needs_more_than_numbers_is_left_to_others(fields: dict[str, Any]) -> None:
+    assert not on_device(params(**fields))
+    assert on_device(params(temperature=0.5, top_k=3, top_p=0.4, min_p=0.1, logprobs=3, stop_token_ids=(4,)))
+
+
+def test_every_sampling_field_is_either_decided_here_or_known_not_to_matter() -> None:
+    """A field that is new to SamplingParams must be thought about here."""
+    decided = {"seed", "choice", "temperature", "top_k", "top_p", "min_p"}
+    elsewhere = {"max_tokens", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "pooled"}
+    refused = {
+        "min_tokens", "typical_p", "xtc_probability", "xtc_threshold", "presence_penalty", "frequency_penalty",
+        "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "dry", "grammar",
+    }  # fmt: skip
+    assert set(SamplingParams.__dataclass_fields__) == decided | elsewhere | refused

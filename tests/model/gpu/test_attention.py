@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from model.batch import Batch
 from model.gpu import ops
@@ -81,7 +81,7 @@ class Case:
         out = []
         for qkv, (count, _) in zip(self.qkv, self.spans, strict=True):
             query, key, value = qkv.double().view(-1, 3, self.heads, self.head_dim).permute(1, 2, 0, 3)
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
+            mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
             out.append(mixed.transpose(0, 1).flatten(1)[-count:])
         return torch.cat(out).float()
 

@@ -41,12 +41,11 @@ class GPT2:
         """weights: the tensors of `weights.expected_shapes`; `ops` places and packs them."""
         self.config = config
         self._ops = ops
-        self._token_embedding = ops.place(weights["wte.weight"])  # (vocab, n_embd)
-        self._position_embedding = ops.place(weights["wpe.weight"])  # (n_positions, n_embd)
         self._layers = [_layer(config, weights, i, ops) for i in range(config.n_layer)]
         self._final_norm = _norm(config, weights, "ln_f", ops)
         tied = config.tie_word_embeddings
         self._head = ops.linear(weights["wte.weight" if tied else "lm_head.weight"], None)
+        self._embed = ops.embedding(weights["wte.weight"], weights["wpe.weight"], self._head if tied else None)
         self._fused: tuple[KVCache, Callable[[Batch], Tensor] | None] | None = None  # of the cache seen last
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -55,13 +54,12 @@ class GPT2:
         Returns hidden states (rows, n_embd), good until the next call.
         """
         if self._fused is None or self._fused[0] is not cache:
-            parts = self._token_embedding, self._position_embedding, self._layers
-            self._fused = cache, self._ops.fuse(*parts, cache, self.config.activation)
+            self._fused = cache, self._ops.fuse(self._embed, self._layers, cache, self.config.activation)
         fused = self._fused[1]
         return self._layer_by_layer(batch, cache) if fused is None else fused(batch)
 
     def _layer_by_layer(self, batch: Batch, cache: KVCache) -> Tensor:
-        hidden = self._ops.embed(batch, self._token_embedding, self._position_embedding)
+        hidden = self._embed(batch)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             hidden = layer(hidden, layer_cache, batch, self._ops, self.config.activation)
         return hidden

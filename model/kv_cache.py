@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.memory import huge_zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +24,12 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (num_blocks, config.n_head, block_size, config.head_dim)
+        shape = (config.n_layer, 2, num_blocks, config.n_head, block_size, config.head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
         # zeros, not empty: memory nobody wrote must never be another request's text, nor a NaN behind a mask.
-        self.layers = [
-            LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(config.n_layer)
-        ]
+        if device.type == "cpu":
+            pool = huge_zeros(prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        else:
+            pool = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = [LayerCache(keys, values) for keys, values in pool]

@@ -9,7 +9,7 @@ import torch
 from model.config import read_config
 from model.errors import DeviceError
 from model.gpt2 import GPT2
-from model.kernels import KernelOps, KernelsUnavailableError, load
+from model.kernels import KernelOps, KernelsUnavailableError, Storage, load
 from model.ops import Ops, TorchOps
 from model.weights import read_weights
 
@@ -33,32 +33,62 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on a CPU and bfloat16 on a GPU that has it. Raises DeviceError."""
+    """`auto` is float32 on a CPU and bfloat16 on a GPU that has it. Raises DeviceError.
+
+    On a CPU float16 is how weights are kept; arithmetic stays fp32.
+    """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu" and name != "float32":
-        raise DeviceError(f"dtype {name} runs on a GPU; a CPU serves float32")
+    if device.type == "cpu" and name == "bfloat16":
+        raise DeviceError("dtype bfloat16 runs on a GPU; a CPU serves float32 and float16")
     return DTYPES[name]
 
 
-def choose_ops(device: torch.device, dtype: torch.dtype, kernels: str) -> Ops:
+def choose_ops(device: torch.device, dtype: torch.dtype, kernels: str, quantization: str | None = None) -> Ops:
     """The C kernels on a CPU where they were built (`auto`, or a level by name); PyTorch elsewhere, and for `off`.
 
-    Raises DeviceError for a level that this machine cannot run.
+    Raises DeviceError for a level that this machine cannot run, and for weights that PyTorch does not keep that way.
     """
-    if device.type != "cpu" or kernels == "off":
+    if device.type != "cpu":
+        if quantization is not None:
+            raise DeviceError(f"quantization {quantization} runs on a CPU")
         return TorchOps(device, dtype)
+    storage = Storage.FP16 if dtype == torch.float16 else Storage.FP32
+    storage = storage if quantization is None else Storage[quantization.upper()]
+    if kernels == "off":
+        return _without_kernels(device, storage, "they are off")
     try:
-        return KernelOps(load(None if kernels == "auto" else kernels))
+        return KernelOps(load(None if kernels == "auto" else kernels), storage)
     except KernelsUnavailableError as error:
         if kernels != "auto":
             raise DeviceError(f"C kernels at level {kernels}: {error}") from error
-        return TorchOps(device, dtype)
+        return _without_kernels(device, storage, str(error))
 
 
-def load_model(directory: Path, device: torch.device, dtype: torch.dtype, kernels: str = "auto") -> tuple[GPT2, Ops]:
+def _without_kernels(device: torch.device, storage: Storage, reason: str) -> Ops:
+    if storage is not Storage.FP32:
+        raise DeviceError(f"on a CPU, {storage.name.lower()} weights need the C kernels: {reason}")
+    return TorchOps(device, torch.float32)
+
+
+def choose_kv_dtype(name: str, ops: Ops) -> torch.dtype:
+    """`auto` is what goes with the weights. Raises DeviceError."""
+    if name == "auto":
+        return ops.kv_dtypes[0]
+    if DTYPES[name] not in ops.kv_dtypes:
+        raise DeviceError(f"a KV cache of {name} does not go with {ops.describe()}")
+    return DTYPES[name]
+
+
+def load_model(
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: str = "auto",
+    quantization: str | None = None,
+) -> tuple[GPT2, Ops]:
     """Raises ConfigError, WeightsError or DeviceError."""
     config = read_config(directory)
-    ops = choose_ops(device, dtype, kernels)
+    ops = choose_ops(device, dtype, kernels, quantization)
     with torch.inference_mode():
         return GPT2(config, read_weights(directory, config), ops), ops

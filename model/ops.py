@@ -22,22 +22,28 @@ class Norm(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+class Embedding(Protocol):
+    """The sum of each token's vector and its position's. Returns (rows, n_embd)."""
+
+    def __call__(self, batch: Batch) -> Tensor: ...
+
+
 class Ops(Protocol):
     """The operations GPT-2 needs, for one device and dtype."""
+
+    kv_dtypes: tuple[torch.dtype, ...]  # what the KV cache may be of; the one to take first
 
     def place(self, weight: Tensor) -> Tensor: ...
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear: ...
     def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> Norm: ...
-    def embed(self, batch: Batch, token_embedding: Tensor, position_embedding: Tensor) -> Tensor: ...
+    def embedding(self, tokens: Tensor, positions: Tensor, head: Linear | None) -> Embedding:
+        """tokens: (vocab, n_embd), positions: (n_positions, n_embd), head: `linear` of the tokens, or None."""
+        ...
+
     def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None: ...
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor: ...
     def fuse(
-        self,
-        token_embedding: Tensor,
-        position_embedding: Tensor,
-        layers: Sequence[Any],
-        cache: KVCache,
-        activation: Activation,
+        self, embed: Embedding, layers: Sequence[Any], cache: KVCache, activation: Activation
     ) -> Callable[[Batch], Tensor] | None:
         """All layers in one call, with the bits of one after the other; None where there is no such thing."""
         ...
@@ -51,6 +57,7 @@ class TorchOps:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
         self._dtype = dtype
+        self.kv_dtypes: tuple[torch.dtype, ...] = (dtype,)
 
     def place(self, weight: Tensor) -> Tensor:
         return weight.to(self._device, self._dtype).contiguous()
@@ -64,8 +71,9 @@ class TorchOps:
         weight, bias = self.place(weight), self.place(bias)
         return lambda x: F.layer_norm(x, (x.shape[-1],), weight, bias, epsilon)
 
-    def embed(self, batch: Batch, token_embedding: Tensor, position_embedding: Tensor) -> Tensor:
-        return token_embedding[batch.tokens] + position_embedding[batch.positions]
+    def embedding(self, tokens: Tensor, positions: Tensor, head: Linear | None) -> Embedding:
+        tokens, positions = self.place(tokens), self.place(positions)
+        return lambda batch: tokens[batch.tokens] + positions[batch.positions]
 
     def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None:
         write_kv(qkv, cache, slots)
@@ -73,14 +81,7 @@ class TorchOps:
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
         return attention(qkv, cache, batch, scale)
 
-    def fuse(
-        self,
-        token_embedding: Tensor,
-        position_embedding: Tensor,
-        layers: Sequence[Any],
-        cache: KVCache,
-        activation: Activation,
-    ) -> None:
+    def fuse(self, embed: Embedding, layers: Sequence[Any], cache: KVCache, activation: Activation) -> None:
         return None
 
     def describe(self) -> str:

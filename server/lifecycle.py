@@ -184,13 +184,13 @@ def _served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int
         created=int(time.time()),
         root=checkpoint.name,
         max_model_len=max_model_len,
-        fingerprint=_fingerprint(checkpoint, settings.dtype),
+        fingerprint=_fingerprint(checkpoint, f"{settings.dtype} {settings.quantization} {settings.kv_cache_dtype}"),
     )
 
 
-def _fingerprint(checkpoint: Checkpoint, dtype: str) -> str:
-    """The same for the same files, dtype and version: weights by size and time, which is what a start can afford."""
-    digest = hashlib.sha256(f"{__version__} {dtype}".encode())
+def _fingerprint(checkpoint: Checkpoint, formats: str) -> str:
+    """The same for the same files, number formats and version: weights by size and time, which a start can afford."""
+    digest = hashlib.sha256(f"{__version__} {formats}".encode())
     for path in sorted(checkpoint.directory.glob("*.safetensors")):
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
@@ -243,6 +243,8 @@ def _start(settings: Settings, checkpoint: Checkpoint, config: ModelConfig, max_
         model=str(checkpoint.directory),
         device=f"cuda:{worker}" if settings.device == "cuda" and settings.workers > 1 else settings.device,
         dtype=settings.dtype,
+        quantization=settings.quantization,
+        kv_cache_dtype=settings.kv_cache_dtype,
         max_model_len=max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,

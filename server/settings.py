@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     alias: list[str] = _flag("model", "further names that mean the model", list(RETIRED_MODELS))
     device: str = _flag("model", "auto, cpu, cuda or cuda:N", "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag("model", "number format of the weights", "auto")
+    quantization: Literal["int8"] | None = _flag(
+        "model", "int8 keeps the weights in 8 bits, on a CPU: faster and smaller; default: as --dtype says", None
+    )
     max_model_len: int | None = _flag("model", "context length in tokens; default: the model's", None, ge=2)
 
     # Server
@@ -84,6 +87,9 @@ class Settings(BaseSettings):
     )
     block_size: int = _flag("engine", "tokens in one block of the KV cache", 16, ge=8, le=256)
     kv_cache_gib: float = _flag("engine", "upper bound of the KV cache, in GiB, of all workers together", 2.0, gt=0)
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
+        "engine", "number format of the KV cache; auto is the weights', and float16 beside int8", "auto"
+    )
     enable_prefix_caching: bool = _flag("engine", "share the KV cache of equal prompt beginnings", True)
     kernels: Literal["auto", "off", "portable", "avx2", "avx512", "vnni"] = _flag(
         "engine", "C kernels for the CPU: auto, off (PyTorch alone), or an instruction set", "auto"

@@ -8,8 +8,6 @@ GPT-2.
 from __future__ import annotations
 
 import ctypes
-import mmap
-import os
 from collections.abc import Sequence
 from ctypes import byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from enum import IntEnum
@@ -24,9 +22,10 @@ from model.batch import Batch
 from model.config import Activation
 from model.kernels import structs
 from model.kv_cache import KVCache, LayerCache
+from model.memory import huge_zeros
 
-HUGE_PAGE = 2 << 20
 PADDING = 32  # MAX_PANEL in kernels.h
+STALE = "the C kernels were built for another version; install again"
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "vnni": 3}
 
 
@@ -84,13 +83,9 @@ class Kernels:
         """weight, bias: (width,)."""
         return KernelNorm(self, weight, bias, epsilon)
 
-    def embed(self, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-        """wte[tokens] + wpe[positions]; tokens and positions: (rows,) int64. Returns (rows, width)."""
-        assert tokens.dtype == positions.dtype == torch.int64
-        out = torch.empty(len(tokens), wte.shape[1])
-        batch = structs.BatchStruct(rows=len(tokens), tokens=tokens.data_ptr(), positions=positions.data_ptr())
-        self.run_one(structs.Op.EMBED, structs.embed_call(wte, wpe, out), batch)
-        return out
+    def embedding(self, tokens: PackedLinear, positions: Tensor) -> KernelEmbedding:
+        """tokens: (vocab, width), positions: (n_positions, width)."""
+        return KernelEmbedding(self, tokens, positions)
 
     def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None:
         """Store the keys and values of qkv: (rows, 3 * n_embd) at slots: (rows,) int64, in the layout of kernels.h."""
@@ -129,13 +124,18 @@ def _library() -> ctypes.CDLL:
         raise KernelsUnavailableError("the C kernels were not built; install again with a C compiler")
     try:
         library = ctypes.CDLL(str(paths[0]))
+        _declare(library, "abi", c_int)
+        if library.kernels_abi() != structs.ABI:
+            raise KernelsUnavailableError(STALE)
         _declare(library, "run", None, c_int, c_void_p, c_int64, c_void_p)
         _declare(library, "set_threads", c_int, c_int)
         _declare(library, "best_level", c_int)
         _declare(library, "level_name", c_char_p, c_int)
         _declare(library, "panels_bytes", c_size_t, c_int, c_void_p)
-    except (OSError, AttributeError) as error:
+    except OSError as error:
         raise KernelsUnavailableError("the C kernels cannot be loaded on this machine") from error
+    except AttributeError as error:
+        raise KernelsUnavailableError(STALE) from error
     return library
 
 
@@ -153,14 +153,14 @@ class PackedLinear:
 
     def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None, storage: Storage) -> None:
         weight = weight.float()
-        self.outputs, inputs = weight.shape
+        self.outputs, self.inputs = weight.shape
         self._kernels = kernels
         self._edges = torch.zeros(2, -(-self.outputs // PADDING) * PADDING)  # bias, scale
         if bias is not None:
             self._edges[0, : self.outputs] = bias
         edges = [edge.data_ptr() for edge in self._edges]
-        self._linear = structs.Linear(inputs, self.outputs, storage, None, *edges)
-        self._panels = huge_bytes(kernels.panels_bytes(self._linear))
+        self._linear = structs.Linear(self.inputs, self.outputs, storage, None, *edges)
+        self._panels = huge_zeros(kernels.panels_bytes(self._linear))
         self._linear.panels = self._panels.data_ptr()
         call = structs.PackCall(ctypes.pointer(self._linear), weight.data_ptr(), *weight.stride())
         kernels.run_one(structs.Op.PACK, call, structs.BatchStruct())
@@ -182,13 +182,16 @@ class PackedLinear:
         self._kernels.run(self._steps, self._batch)
         return out
 
+    @property
+    def pointer(self) -> ctypes._Pointer[structs.Linear]:
+        """Good while this lives."""
+        return ctypes.pointer(self._linear)
+
     def call(
         self, x: Tensor, out: Tensor, *, activation: Activation | None = None, residual: Tensor | None = None
     ) -> structs.LinearCall:
         add = None if residual is None else residual.data_ptr()
-        return structs.LinearCall(
-            ctypes.pointer(self._linear), x.data_ptr(), add, out.data_ptr(), _ACTIVATIONS[activation]
-        )
+        return structs.LinearCall(self.pointer, x.data_ptr(), add, out.data_ptr(), _ACTIVATIONS[activation])
 
 
 class KernelNorm:
@@ -216,14 +219,25 @@ class KernelNorm:
         return structs.NormCall(*pointers, len(self._weight), self._epsilon)
 
 
-def huge_bytes(size: int) -> Tensor:
-    """(size,) uint8 zeros, in huge pages where the system has them: those stream almost twice as fast."""
-    memory = mmap.mmap(-1, size + HUGE_PAGE, **({"flags": mmap.MAP_PRIVATE} if os.name == "posix" else {}))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    return whole[start : start + size]
+class KernelEmbedding:
+    """`model.ops.Embedding`. The tokens' vectors are read out of a packed layer, so that a tied head is held once."""
+
+    def __init__(self, kernels: Kernels, tokens: PackedLinear, positions: Tensor) -> None:
+        self._kernels = kernels
+        self._tokens, self._positions = tokens, structs.ready(positions)
+
+    @property
+    def width(self) -> int:
+        return self._tokens.inputs
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """(rows, width)."""
+        out = torch.empty(len(batch.tokens), self.width)
+        self._kernels.run_one(structs.Op.EMBED, self.call(out), structs.batch(batch))
+        return out
+
+    def call(self, out: Tensor) -> structs.EmbedCall:
+        return structs.EmbedCall(self._tokens.pointer, self._positions.data_ptr(), out.data_ptr(), self.width)
 
 
 # === As model.ops.Ops ===
@@ -233,9 +247,13 @@ class KernelOps:
     def __init__(self, kernels: Kernels, storage: Storage = Storage.FP32) -> None:
         self._kernels = kernels
         self._storage = storage
+        # Beside weights of fewer bits than 32, the cache keeps no more than 16.
+        both = (torch.float32, torch.float16)
+        self.kv_dtypes: tuple[torch.dtype, ...] = both if storage is Storage.FP32 else both[::-1]
 
     def place(self, weight: Tensor) -> Tensor:
-        return weight.float().contiguous()
+        """A copy, never the checkpoint's own memory: a single tensor of it would keep the whole file mapped."""
+        return weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         return self._kernels.pack_linear(weight, bias, self._storage)
@@ -243,8 +261,9 @@ class KernelOps:
     def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> KernelNorm:
         return self._kernels.norm(self.place(weight), self.place(bias), epsilon)
 
-    def embed(self, batch: Batch, token_embedding: Tensor, position_embedding: Tensor) -> Tensor:
-        return self._kernels.embed(batch.tokens, batch.positions, token_embedding, position_embedding)
+    def embedding(self, tokens: Tensor, positions: Tensor, head: object | None) -> KernelEmbedding:
+        packed = self.linear(tokens, None) if head is None else _linear(head)
+        return self._kernels.embedding(packed, self.place(positions))
 
     def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None:
         self._kernels.write_kv(qkv, cache, slots)
@@ -252,15 +271,9 @@ class KernelOps:
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
         return self._kernels.attention(qkv, cache, batch, scale)
 
-    def fuse(
-        self,
-        token_embedding: Tensor,
-        position_embedding: Tensor,
-        layers: Sequence[Layer],
-        cache: KVCache,
-        activation: Activation,
-    ) -> Forward:
-        return Forward(self._kernels, token_embedding, position_embedding, layers, cache.layers, activation)
+    def fuse(self, embed: object, layers: Sequence[Layer], cache: KVCache, activation: Activation) -> Forward:
+        assert isinstance(embed, KernelEmbedding)
+        return Forward(self._kernels, embed, layers, cache.layers, activation)
 
     def describe(self) -> str:
         return f"{self._storage.name.lower()}, {self._kernels.describe()}"
@@ -294,15 +307,14 @@ class Forward:
     def __init__(
         self,
         kernels: Kernels,
-        token_embedding: Tensor,
-        position_embedding: Tensor,
+        embed: KernelEmbedding,
         layers: Sequence[Layer],
         caches: Sequence[LayerCache],
         activation: Activation,
     ) -> None:
         """caches: one for each layer; they stay where they are in memory as long as this lives."""
         self._kernels = kernels
-        self._embeddings = structs.ready(token_embedding), structs.ready(position_embedding)
+        self._embed = embed
         self._layers = layers
         self._caches = caches
         self._activation = activation
@@ -317,12 +329,10 @@ class Forward:
         return self._hidden[:rows]
 
     def _record(self, rows: int) -> None:
-        width = self._embeddings[0].shape[1]
+        width = self._embed.width
         hidden, normed, mixed = (torch.empty(rows, width) for _ in range(3))
         qkv, wide = torch.empty(rows, 3 * width), torch.empty(rows, _linear(self._layers[0].mlp_in).outputs)
-        calls: list[tuple[structs.Op, structs.Call]] = [
-            (structs.Op.EMBED, structs.embed_call(*self._embeddings, hidden))
-        ]
+        calls: list[tuple[structs.Op, structs.Call]] = [(structs.Op.EMBED, self._embed.call(hidden))]
         for layer, cache in zip(self._layers, self._caches, strict=True):
             attention = structs.AttentionCall(structs.kv(cache), qkv.data_ptr(), mixed.data_ptr(), layer.scale)
             calls += [

@@ -257,6 +257,8 @@ int kernels_best_level(void) { return 0; }
 
 /* === Entry points === */
 
+int kernels_abi(void) { return ABI; }
+
 const char *kernels_level_name(int level) { return levels[level]->name; }
 
 size_t kernels_panels_bytes(int level, const struct linear *w)

@@ -14,6 +14,7 @@
 #define DIV_UP(a, b) (((a) + (b) - 1) / (b))
 #define ROUND_UP(a, b) (DIV_UP(a, b) * (b))
 
+enum { ABI = 2 };           /* another number whenever a struct or an entry point below changes its meaning */
 enum { KB = 256 };          /* columns of x packed together; also the largest head_dim, and one int8 group */
 enum { GROUP = 16 };        /* positions of a key group */
 enum { SPAN = 64 };         /* positions of one softmax step, aligned to position 0 whatever the chunk */
@@ -71,8 +72,9 @@ struct norm_call {
 };
 
 struct embed_call {
-    const float *wte, *wpe; /* (vocab, width), (n_positions, width) */
-    float *y;               /* (rows, width) */
+    const struct linear *tokens; /* (vocab, width), packed: the head's own weights where the two are tied */
+    const float *positions;      /* (n_positions, width) */
+    float *y;                    /* (rows, width) */
     int64_t width;
 };
 

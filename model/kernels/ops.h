@@ -482,13 +482,39 @@ static void FN(norm)(const void *call, const struct batch *b)
     }
 }
 
+/* Weights [i, i + n) of one output, n <= VL: a column of its panel. */
+static vf FN(unpack)(const struct linear *w, int64_t output, int64_t i, int64_t n)
+{
+    const char *panel = (const char *)w->panels + output / PANEL * panel_bytes(w, PANEL);
+    const int64_t o = output % PANEL;
+    float row[VL] = {0};
+    uint16_t halves[VL] = {0};
+    for (int64_t j = 0; j < n; j++) {
+        const int64_t at = i + j;
+        switch (w->kind) {
+        case KIND_F32: row[j] = ((const float *)panel)[at * PANEL + o]; break;
+        case KIND_F16: halves[j] = ((const uint16_t *)panel)[at * PANEL + o]; break;
+        default: row[j] = (panel + at / KB * PANEL * (KB + 4))[PANEL * 4 + at % KB / 4 * PANEL * 4 + o * 4 + at % 4];
+        }
+    }
+    switch (w->kind) {
+    case KIND_F32: return FN(load)(row);
+    case KIND_F16: return FN(load_half)(halves);
+    default: return FN(load)(row) * w->scale[output];
+    }
+}
+
 static void FN(embed)(const void *call, const struct batch *b)
 {
     const struct embed_call *c = call;
     for (int64_t row; (row = next_item()) < b->rows;) {
-        const float *token = c->wte + b->tokens[row] * c->width, *position = c->wpe + b->positions[row] * c->width;
-        for (int64_t i = 0; i < c->width; i++)
-            c->y[row * c->width + i] = token[i] + position[i];
+        const float *position = c->positions + b->positions[row] * c->width;
+        float *y = c->y + row * c->width;
+        for (int64_t i = 0; i < c->width; i += VL) {
+            const int64_t n = MIN(VL, c->width - i);
+            const vf sum = FN(unpack)(c->tokens, b->tokens[row], i, n) + FN(load_some)(position + i, n);
+            memcpy(y + i, &sum, n * sizeof *y);
+        }
     }
 }
 

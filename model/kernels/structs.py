@@ -13,6 +13,7 @@ from torch import Tensor
 from model.batch import Batch
 from model.kv_cache import LayerCache
 
+ABI = 2  # of kernels.h
 MAX_HEAD_DIM = 256  # KB in kernels.h
 
 
@@ -75,8 +76,8 @@ class NormCall(Structure):
 
 class EmbedCall(Structure):
     _fields_ = [
-        ("wte", c_void_p),
-        ("wpe", c_void_p),
+        ("tokens", POINTER(Linear)),
+        ("positions", c_void_p),
         ("y", c_void_p),
         ("width", c_int64),
     ]
@@ -144,10 +145,6 @@ def batch(batch: Batch) -> BatchStruct:
         query_starts=batch.query_starts.data_ptr(),
         block_tables=batch.block_tables.data_ptr(),
     )
-
-
-def embed_call(wte: Tensor, wpe: Tensor, out: Tensor) -> EmbedCall:
-    return EmbedCall(wte.data_ptr(), wpe.data_ptr(), out.data_ptr(), wte.shape[1])
 
 
 def ready(x: Tensor) -> Tensor:

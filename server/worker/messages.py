@@ -21,6 +21,8 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     model: str  # the checkpoint's directory
     device: str
     dtype: str
+    quantization: str | None
+    kv_cache_dtype: str
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int

@@ -13,7 +13,7 @@ from model.gpt2 import GPT2
 from model.grammar import Grammars, Vocabulary
 from model.kernels import KernelOps
 from model.kv_cache import KVCache
-from model.loading import choose_device, choose_dtype, load_model
+from model.loading import choose_device, choose_dtype, choose_kv_dtype, load_model
 from model.runner import Runner
 from model.speculative import Drafter, DraftModel, PromptLookup
 from model.tokenizer import read_tokenizer
@@ -30,7 +30,7 @@ class Networks:
     """The weights, on their device."""
 
     device: torch.device
-    dtype: torch.dtype
+    kv_dtype: torch.dtype
     network: GPT2
     draft: GPT2 | None
     backend: str
@@ -45,17 +45,18 @@ def load_networks(start: Start) -> Networks:
     torch.set_num_threads(start.threads)
     device = choose_device(start.device)
     dtype = choose_dtype(start.dtype, device)
-    network, ops = load_model(Path(start.model), device, dtype, kernels=start.kernels)
-    draft = load_model(Path(start.draft_model), device, dtype, kernels=start.kernels)[0] if start.draft_model else None
+    formats = device, dtype, start.kernels, start.quantization
+    network, ops = load_model(Path(start.model), *formats)
+    draft = load_model(Path(start.draft_model), *formats)[0] if start.draft_model else None
     if isinstance(ops, KernelOps):  # they have threads of their own, with which PyTorch's would fight for the cores
         torch.set_num_threads(1)
-    return Networks(device, dtype, network, draft, f"{device}, {ops.describe()}")
+    return Networks(device, choose_kv_dtype(start.kv_cache_dtype, ops), network, draft, f"{device}, {ops.describe()}")
 
 
 def count_blocks(start: Start, networks: Networks) -> int:
     return pool_size(
         kv_cache_bytes=start.kv_cache_bytes,
-        bytes_per_token=sum(each.config.kv_bytes_per_token(networks.dtype.itemsize) for each in networks.all),
+        bytes_per_token=sum(each.config.kv_bytes_per_token(networks.kv_dtype.itemsize) for each in networks.all),
         block_size=start.block_size,
         max_num_seqs=start.max_num_seqs,
         max_model_len=start.max_model_len,
@@ -66,7 +67,7 @@ def make_runner(start: Start, networks: Networks, num_blocks: int) -> Runner:
     """With KV pools of its own, all zeros."""
 
     def make_cache(network: GPT2) -> KVCache:
-        return KVCache(network.config, num_blocks, start.block_size, networks.dtype, networks.device)
+        return KVCache(network.config, num_blocks, start.block_size, networks.kv_dtype, networks.device)
 
     drafter: Drafter | None = None
     if start.drafts:

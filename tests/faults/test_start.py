@@ -70,7 +70,13 @@ def test_a_checkpoint_that_cannot_be_served(damage: Callable[[Path], None], line
     ("flags", "line"),
     [
         (["--device", "cuda:99"], "device cuda:99"),
-        (["--dtype", "float16", "--device", "cpu"], "dtype float16 runs on a GPU"),
+        (["--dtype", "bfloat16", "--device", "cpu"], "dtype bfloat16 runs on a GPU"),
+        (
+            ["--quantization", "int8", "--device", "cpu", "--kernels", "off"],
+            "int8 weights need the C kernels",
+        ),
+        (["--quantization", "int4"], "setting quantization: input should be 'int8'"),
+        (["--kv-cache-dtype", "bfloat16", "--device", "cpu"], "a KV cache of bfloat16 does not go with"),
         (["--max-model-len", "2048"], "max_model_len 2048 is more than the model's 1024 positions"),
         (["--max-num-seqs", "0"], "setting max_num_seqs: input should be greater than or equal to 1"),
         (["--device", "tpu"], "setting device: string should match pattern"),

@@ -12,10 +12,23 @@ from torch.nn import functional
 
 from model.batch import Batch
 from model.config import Activation, parse_config
+from model.errors import DeviceError
 from model.gpt2 import GPT2
-from model.kernels import LEVELS, Forward, KernelOps, Kernels, KernelsUnavailableError, PackedLinear, Storage, load
+from model.kernels import (
+    LEVELS,
+    Forward,
+    KernelEmbedding,
+    KernelOps,
+    Kernels,
+    KernelsUnavailableError,
+    PackedLinear,
+    Storage,
+    load,
+    structs,
+)
 from model.kv_cache import KVCache, LayerCache
 from model.linear import activate
+from model.loading import choose_kv_dtype, choose_ops
 from model.weights import expected_shapes
 
 ROWS = (1, 2, 3, 8, 31, 64, 128)
@@ -136,10 +149,21 @@ def test_norm(kernels: Kernels, width: int) -> None:
     assert torch.equal(norm(x[4:5]), found[4:5])
 
 
-def test_embed(kernels: Kernels) -> None:
+@pytest.mark.parametrize("storage", Storage)
+@pytest.mark.parametrize("width", [33, 300])
+def test_tokens_are_embedded_with_what_the_head_holds(kernels: Kernels, storage: Storage, width: int) -> None:
     tokens, positions = torch.randint(50, (20,)), torch.randint(30, (20,))
-    wte, wpe = torch.randn(50, 33), torch.randn(30, 33)
-    assert torch.equal(kernels.embed(tokens, positions, wte, wpe), wte[tokens] + wpe[positions])
+    wte, wpe = torch.randn(50, width), torch.randn(30, width)
+    step = wte.abs().amax(1, keepdim=True) / 127
+    held = {
+        Storage.FP32: wte,
+        Storage.FP16: wte.half().float(),
+        Storage.INT8: (wte / wte.abs().amax(1, keepdim=True) * 127).round() * step,
+    }[storage]
+    none = torch.empty(0, dtype=torch.int32)
+    batch = Batch(tokens, positions, torch.empty(0, dtype=torch.int64), none, none.view(0, 0), ())
+    embed = kernels.embedding(kernels.pack_linear(wte, None, storage), wpe)
+    assert torch.equal(embed(batch), held[tokens] + wpe[positions])
 
 
 # === Attention ===
@@ -236,8 +260,9 @@ def make_network(ops: KernelOps) -> tuple[GPT2, KVCache]:
 def test_one_call_is_layer_by_layer(kernels: Kernels, storage: Storage) -> None:
     ops = KernelOps(kernels, storage)
     network, cache = make_network(ops)
-    embeddings = network._token_embedding, network._position_embedding
-    forward = Forward(kernels, *embeddings, network._layers, cache.layers, network.config.activation)
+    embed = network._embed
+    assert isinstance(embed, KernelEmbedding)
+    forward = Forward(kernels, embed, network._layers, cache.layers, network.config.activation)
     tables = torch.tensor([[3, 1], [2, 5]], dtype=torch.int32)
     for counts in ((3, 20), (1, 1), (16, 2)):  # the second step decodes, the third needs longer buffers
         starts = torch.tensor([0, *counts]).cumsum(0).int()
@@ -261,3 +286,44 @@ def test_a_level_can_be_chosen_up_to_the_machine_s_best(monkeypatch: pytest.Monk
     monkeypatch.setitem(LEVELS, "of a later machine", best.level + 1)
     with pytest.raises(KernelsUnavailableError, match="this machine has no of a later machine"):
         load("of a later machine", threads=1)
+
+
+def test_kernels_of_another_version_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_or_skip(None, threads=1)
+    monkeypatch.setattr(structs, "ABI", structs.ABI + 1)
+    with pytest.raises(KernelsUnavailableError, match="built for another version; install again"):
+        load(threads=1)
+
+
+# === What to keep weights and the cache in ===
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "described", "kv_dtype"),
+    [
+        (torch.float32, None, "fp32, C kernels", torch.float32),
+        (torch.float16, None, "fp16, C kernels", torch.float16),
+        (torch.float32, "int8", "int8, C kernels", torch.float16),
+    ],
+)
+def test_formats(dtype: torch.dtype, quantization: str | None, described: str, kv_dtype: torch.dtype) -> None:
+    load_or_skip(None, threads=1)
+    ops = choose_ops(CPU, dtype, "portable", quantization)
+    assert ops.describe() == f"{described} (portable)"
+    assert choose_kv_dtype("auto", ops) == kv_dtype
+    assert choose_kv_dtype("float32", ops) == torch.float32
+    assert choose_kv_dtype("float16", ops) == torch.float16
+    with pytest.raises(DeviceError, match="a KV cache of bfloat16 does not go with"):
+        choose_kv_dtype("bfloat16", ops)
+
+
+def test_without_the_kernels_weights_are_fp32_or_refused() -> None:
+    assert choose_ops(CPU, torch.float32, "off").kv_dtypes == (torch.float32,)
+    with pytest.raises(DeviceError, match="on a CPU, int8 weights need the C kernels: they are off"):
+        choose_ops(CPU, torch.float32, "off", "int8")
+    with pytest.raises(DeviceError, match="on a CPU, fp16 weights need the C kernels: they are off"):
+        choose_ops(CPU, torch.float16, "off")
+    with pytest.raises(DeviceError, match="quantization int8 runs on a CPU"):
+        choose_ops(torch.device("cuda"), torch.bfloat16, "auto", "int8")

@@ -22,8 +22,8 @@ from server.worker.speculation import SpeculationController
 CPU = torch.device("cpu")
 
 
-def load(directory: Path, kernels: str = "auto") -> GPT2:
-    return load_model(directory, CPU, torch.float32, kernels)[0]
+def load(directory: Path, kernels: str = "auto", quantization: str | None = None) -> GPT2:
+    return load_model(directory, CPU, torch.float32, kernels, quantization)[0]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Shape:
     caching: bool = True
     method: str = "off"  # off, ngram, model
     drafts: int = 4
+    kv_dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Eager(SpeculationController):
 class Stepper:
     def __init__(self, network: GPT2, shape: Shape, max_model_len: int, draft: GPT2 | None = None) -> None:
         def cache(of: GPT2) -> KVCache:
-            return KVCache(of.config, shape.num_blocks, shape.block_size, torch.float32, CPU)
+            return KVCache(of.config, shape.num_blocks, shape.block_size, shape.kv_dtype, CPU)
 
         drafter: Drafter | None = None
         if shape.method == "model":

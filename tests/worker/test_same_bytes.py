@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from stepping import Answer, Shape, Stepper, load
 
 from model.config import read_config
+from model.errors import DeviceError
 from model.gpt2 import GPT2
 from model.kernels import KernelsUnavailableError
 from model.kernels import load as load_kernels
@@ -50,13 +52,14 @@ def make(directory: Path, noise: float) -> Path:
 
 
 class Networks:
-    def __init__(self, root: Path, kernels: str) -> None:
-        self.network: GPT2 = load(make(root / f"network-{kernels}", 0.0), kernels)
-        self.draft: GPT2 = load(make(root / f"draft-{kernels}", 0.1), kernels)
+    def __init__(self, root: Path, kernels: str, quantization: str | None = None) -> None:
+        self.network: GPT2 = load(make(root / "network", 0.0), kernels, quantization)
+        self.draft: GPT2 = load(make(root / "draft", 0.1), kernels, quantization)
+        self.kv_dtype = torch.float16 if quantization else torch.float32
         self.alone = cache(self._alone)
 
     def stepper(self, shape: Shape) -> Stepper:
-        return Stepper(self.network, shape, CONTEXT, self.draft)
+        return Stepper(self.network, replace(shape, kv_dtype=self.kv_dtype), CONTEXT, self.draft)
 
     def _alone(self, number: int) -> Answer:
         stepper = self.stepper(Shape(caching=False))
@@ -71,6 +74,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Networks:
     except KernelsUnavailableError as error:
         pytest.skip(str(error))
     return Networks(tmp_path_factory.mktemp("networks"), "auto")
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Networks:
+    """Weights in int8, keys and values in fp16."""
+    try:
+        return Networks(tmp_path_factory.mktemp("networks"), "auto", "int8")
+    except DeviceError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +162,11 @@ def test_a_request_gets_among_31_strangers_what_it_gets_alone(shape: Shape, comp
     assert (scheduler.prefix_hits > 0) == shape.caching
     assert (scheduler.accepted_at != []) == (shape.method != "off")
     assert (scheduler.drafted > sum(scheduler.accepted_at)) == (shape.method != "off")
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_quantised_too(shape: Shape, quantised: Networks) -> None:
+    crowd(quantised, shape, seed=2)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())

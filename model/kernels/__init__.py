@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from ctypes import byref, c_char_p, c_double, c_int, c_int64, c_size_t, c_void_p
 from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -65,6 +65,12 @@ class Kernels:
 
     def describe(self) -> str:
         return f"C kernels ({self._library.kernels_level_name(self.level).decode()})"
+
+    def seconds(self) -> dict[structs.Op, float]:
+        """What was spent in each operation, by all calls so far."""
+        spent = (c_double * (len(structs.Op) + 1))()
+        self._library.kernels_seconds(spent)
+        return {op: spent[op] for op in structs.Op}
 
     def run(self, steps: ctypes.Array[structs.Step], batch: structs.BatchStruct) -> None:
         self._library.kernels_run(self.level, steps, len(steps), byref(batch))
@@ -129,6 +135,7 @@ def _library() -> ctypes.CDLL:
             raise KernelsUnavailableError(STALE)
         _declare(library, "run", None, c_int, c_void_p, c_int64, c_void_p)
         _declare(library, "set_threads", c_int, c_int)
+        _declare(library, "seconds", None, c_void_p)
         _declare(library, "best_level", c_int)
         _declare(library, "level_name", c_char_p, c_int)
         _declare(library, "panels_bytes", c_size_t, c_int, c_void_p)
@@ -274,6 +281,10 @@ class KernelOps:
     def fuse(self, embed: object, layers: Sequence[Layer], cache: KVCache, activation: Activation) -> Forward:
         assert isinstance(embed, KernelEmbedding)
         return Forward(self._kernels, embed, layers, cache.layers, activation)
+
+    @property
+    def kernels(self) -> Kernels:
+        return self._kernels
 
     def describe(self) -> str:
         return f"{self._storage.name.lower()}, {self._kernels.describe()}"

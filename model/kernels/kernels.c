@@ -22,6 +22,7 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <sys/mman.h>
 
 #if defined(__x86_64__)
@@ -316,6 +317,23 @@ static void run_step(const struct level *level, struct step step, const struct b
     run(work_on, &work, items_of(level, &step, batch));
 }
 
+static double seconds[OPS]; /* spent in each operation since the start; written with pool.caller held */
+
+static double now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec + time.tv_nsec * 1e-9;
+}
+
+/* to: (OPS,). What was spent in each operation so far. */
+void kernels_seconds(double *to)
+{
+    pthread_mutex_lock(&pool.caller);
+    memcpy(to, seconds, sizeof seconds);
+    pthread_mutex_unlock(&pool.caller);
+}
+
 /* Run the steps one after the other, each by all threads. batch->packed, tiles and tile_count are filled in here. */
 void kernels_run(int level_number, const struct step *steps, int64_t count, struct batch *batch)
 {
@@ -330,10 +348,14 @@ void kernels_run(int level_number, const struct step *steps, int64_t count, stru
     batch->tiles = (int32_t *)((char *)batch->packed + rows * groups * (KB * 4 + 8));
     if (batch->query_starts)
         cut(batch, level->tile_rows);
+    double then = now();
     for (int64_t i = 0; i < count; i++) {
         if (needs_packed_rows(&steps[i], batch))
             run_step(level, (struct step){OP_PACK_ROWS, steps[i].call}, batch);
         run_step(level, steps[i], batch);
+        const double done = now();
+        seconds[steps[i].op] += done - then;
+        then = done;
     }
     pthread_mutex_unlock(&pool.caller);
 }

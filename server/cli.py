@@ -19,6 +19,7 @@ from server.errors import SettingsError
 EXIT_CONFIG = 78
 COMMANDS = {
     "serve": "serve a model over HTTP",
+    "complete": "complete a text here, without a server",
     "healthcheck": "ask a running server whether it is well",
 }
 

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from fastapi import FastAPI
+
 from model.config import ModelConfig, read_config
 from model.errors import ConfigError
 from model.tokenizer import read_tokenizer
@@ -46,12 +48,35 @@ POLL = 0.02  # seconds between looks at whether a worker is ready, or a drain is
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
-    """The parts of a running server, put together once."""
+class Backend:
+    """The application and the processes that compute for it. It has no socket: whoever has one carries it."""
 
+    app: FastAPI
     engine: Engine
     supervisors: list[Supervisor]  # one for each worker
     grammars: GrammarChecker
+    served: ServedModel
+    keys: Keyring | None
+    metrics: Metrics
+
+    def start(self) -> list[asyncio.Task[int]]:
+        """One task a worker; it ends, with an exit status, when its worker cannot be kept running."""
+        return [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
+
+    async def stop(self, workers: list[asyncio.Task[int]]) -> int:
+        """Returns the exit status."""
+        for supervisor in self.supervisors:
+            supervisor.stop()
+        status = max(await asyncio.gather(*workers))
+        await self.grammars.stop()
+        return status
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A backend that is served over HTTP, from here to its end."""
+
+    backend: Backend
     http: HTTPServer
     listener: socket.socket
     shutdown_timeout: float
@@ -68,9 +93,9 @@ class Service:
             loop.add_signal_handler(number, self._on_signal, stop)
         if self.reload is not None:
             loop.add_signal_handler(signal.SIGHUP, self.reload)
-        starting = asyncio.create_task(self.grammars.start())  # no grammar has to wait for it later on
+        starting = asyncio.create_task(self.backend.grammars.start())  # no grammar has to wait for it later on
+        workers = self.backend.start()
         http = asyncio.create_task(self.http.serve(sockets=[self.listener]))
-        workers = [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
         announcing = asyncio.create_task(self._announce(announce))
         watching = asyncio.create_task(self._watch_lag())
         stopped = asyncio.create_task(stop.wait())
@@ -79,17 +104,14 @@ class Service:
             if stop.is_set():
                 await self._drain()
             else:
-                self.engine.fail_all(EngineError("The engine has stopped and cannot answer this request."))
+                self.backend.engine.fail_all(EngineError("The engine has stopped and cannot answer this request."))
         finally:
             announcing.cancel()
             watching.cancel()
             starting.cancel()
-            for supervisor in self.supervisors:
-                supervisor.stop()
-            status = max(await asyncio.gather(*workers))
+            status = await self.backend.stop(workers)
             self.http.should_exit = True
             await http
-            await self.grammars.stop()
             stopped.cancel()
         return status
 
@@ -100,10 +122,10 @@ class Service:
         stop.set()
 
     async def _announce(self, announce: Callable[[Ready], None]) -> None:
-        while not (self.engine.ready and self.grammars.ready):
+        while not (self.backend.engine.ready and self.backend.grammars.ready):
             await asyncio.sleep(POLL)
-        assert self.engine.worker is not None
-        announce(self.engine.worker)
+        assert self.backend.engine.worker is not None
+        announce(self.backend.engine.worker)
 
     async def _watch_lag(self) -> None:
         while True:
@@ -113,18 +135,34 @@ class Service:
 
     async def _drain(self) -> None:
         """New work is refused from the first moment; what runs may finish; what is left at the end is told so."""
-        log.info("draining", extra={"requests": self.engine.load})
-        self.engine.drain()
+        log.info("draining", extra={"requests": self.backend.engine.load})
+        self.backend.engine.drain()
         deadline = time.monotonic() + self.shutdown_timeout
-        while not self.engine.idle and time.monotonic() < deadline:
+        while not self.backend.engine.idle and time.monotonic() < deadline:
             await asyncio.sleep(POLL)
-        if not self.engine.idle:
-            log.warning("drain window is over", extra={"requests": self.engine.load})
-            self.engine.fail_all(Draining("The server shut down before this request was finished."))
+        if not self.backend.engine.idle:
+            log.warning("drain window is over", extra={"requests": self.backend.engine.load})
+            self.backend.engine.fail_all(Draining("The server shut down before this request was finished."))
 
 
-def build(settings: Settings) -> tuple[Service, ServedModel]:
+def build(settings: Settings) -> Service:
     """Raises ModelError where the model cannot be served, and OSError where the address cannot be bound."""
+    backend = assemble(settings)
+    keys = backend.keys
+    return Service(
+        backend=backend,
+        http=http_server(
+            backend.app, head_timeout=settings.head_timeout, keep_alive_timeout=settings.keep_alive_timeout
+        ),
+        listener=_listen(settings.host, settings.port),
+        shutdown_timeout=settings.shutdown_timeout,
+        reload=None if keys is None or settings.api_key_file is None else partial(_reload, settings, keys),
+        observe_lag=backend.metrics.loop_lag.observe,
+    )
+
+
+def assemble(settings: Settings) -> Backend:
+    """Raises ModelError where the model cannot be served."""
     checkpoint = find_checkpoint(settings.model, settings.revision)
     config = read_config(checkpoint.directory)
     tokenizer = read_tokenizer(checkpoint.directory, config.vocab_size, config.eos_token_id)
@@ -153,20 +191,18 @@ def build(settings: Settings) -> tuple[Service, ServedModel]:
         cors_origins=settings.allowed_origins,
         playground=settings.playground,
     )
-    service = Service(
+    return Backend(
+        app=app,
         engine=engine,
         supervisors=[
             Supervisor(_start(settings, checkpoint, config, max_model_len, worker), engine, worker)
             for worker in range(settings.workers)
         ],
         grammars=grammars,
-        http=http_server(app, head_timeout=settings.head_timeout, keep_alive_timeout=settings.keep_alive_timeout),
-        listener=_listen(settings.host, settings.port),
-        shutdown_timeout=settings.shutdown_timeout,
-        reload=None if keys is None or settings.api_key_file is None else partial(_reload, settings, keys),
-        observe_lag=metrics.loop_lag.observe,
+        served=served,
+        keys=keys,
+        metrics=metrics,
     )
-    return service, served
 
 
 def _context(settings: Settings, config: ModelConfig) -> int:

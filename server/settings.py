@@ -145,6 +145,13 @@ def flags(parser: argparse.ArgumentParser) -> None:
             _add_flag(target, name, field)
 
 
+def some_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds `--config` and the flags of these settings; the others still come from the environment and the file."""
+    for name in names:
+        _add_flag(parser, name, Settings.model_fields[name])
+    parser.add_argument("--config", metavar="FILE", help="TOML file of settings, as for serve")
+
+
 def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
     flag = "--" + name.replace("_", "-")
     shown = field.default if not isinstance(field.default, list) else " ".join(field.default) or "none"

@@ -22,11 +22,11 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
     logs.configure(settings.log_level)
     try:
-        service, served = build(settings)
+        service = build(settings)
     except OSError as error:
         raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
     host, port = service.listener.getsockname()[:2]
-    return asyncio.run(service.run(lambda ready: _announce(f"http://{host}:{port}", served, ready)))
+    return asyncio.run(service.run(lambda ready: _announce(f"http://{host}:{port}", service.backend.served, ready)))
 
 
 def _announce(url: str, served: ServedModel, ready: Ready) -> None:

@@ -30,8 +30,8 @@ from server.api.models import ServedModel
 from server.api.parsing import CompletionRequest, parse_completion
 from server.api.phrases import Phrases
 from server.api.prompts import encode, fit
-from server.api.rendering import ChoiceCollector, ChoiceOptions, ChunkRenderer, Envelope, usage_json
-from server.api.schemas import CompletionAnswer, completion_schema
+from server.api.rendering import ChoiceCollector, ChunkRenderer, CompletionShape, Envelope, Shape, usage_json
+from server.api.schemas import CompletionAnswer, StreamOptions, completion_schema
 from server.api.sse import DONE, EventStream, event
 from server.api.unsupported import refusal
 from server.engine.grammars import GrammarChecker
@@ -58,18 +58,37 @@ class CompletionService:
 
     async def answer(self, request: Request, engine_name: str | None) -> Response:
         """Raises ServerError or ClientGone before the answer's first byte; never after."""
-        created = int(time.time())
         raw = await read_body(request.scope, request.receive, self.limits)
         asked = parse_completion(raw, self.limits)
+        body = asked.body
+        shape = CompletionShape(
+            texts=self.texts,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.prompt_logprobs,
+            return_token_ids=body.return_token_ids,
+        )
+        return await self.complete(asked, shape, "cmpl-", request, engine_name)
+
+    async def complete(
+        self, asked: CompletionRequest, shape: Shape, prefix: str, request: Request, engine_name: str | None
+    ) -> Response:
+        """prefix: of the answer's id. Raises as `answer` does."""
+        created = int(time.time())
         name = self.model.resolve(asked.body.model) if engine_name is None else self.model.resolve_engine(engine_name)
         prompts = await encode(asked.prompts, self.tokenizer, self._keep_last(asked))
         params = await self._params(asked)
-        params = fit(prompts, asked.body.max_tokens, params, self.limits, alike=asked.beam is not None)
-        call = self._call(asked, prompts, params, caller_of(request.scope))
+        explicit = asked.body.max_tokens is not None
+        params = fit(prompts, params, self.limits, explicit=explicit, alike=asked.beam is not None)
+        call = self._call(asked, prompts, params, prefix, caller_of(request.scope))
         generation = self.engine.submit(call)
-        public_id = call.id if asked.body.request_id is None else f"cmpl-{asked.body.request_id}"
-        envelope = Envelope(id=public_id, created=created, model=name, fingerprint=self.model.fingerprint)
-        answer = Answer(asked, call, generation, envelope, self.texts, self.running)
+        envelope = Envelope(
+            id=call.id if asked.body.request_id is None else prefix + asked.body.request_id,
+            object=shape.chunk_object if asked.body.stream else shape.whole_object,
+            created=created,
+            model=name,
+            fingerprint=self.model.fingerprint,
+        )
+        answer = Answer(call, generation, envelope, shape, asked.stream_options, self.running)
         headers = {"openai-model": name}
         if asked.ignored:
             headers["x-ignored-fields"] = ", ".join(asked.ignored)
@@ -95,11 +114,11 @@ class CompletionService:
         return replace(params, grammar=await self.grammars.compile(asked.structure))
 
     def _call(
-        self, asked: CompletionRequest, prompts: list[Prompt], params: SamplingParams, caller: Caller
+        self, asked: CompletionRequest, prompts: list[Prompt], params: SamplingParams, prefix: str, caller: Caller
     ) -> GenerationRequest:
         body = asked.body
         return GenerationRequest(
-            id="cmpl-" + "".join(secrets.choice(ID_ALPHABET) for _ in range(28)),
+            id=prefix + "".join(secrets.choice(ID_ALPHABET) for _ in range(28)),
             prompts=prompts,
             params=params,
             n=body.n,
@@ -121,24 +140,19 @@ class Answer:
 
     def __init__(
         self,
-        asked: CompletionRequest,
         call: GenerationRequest,
         generation: Generation,
         envelope: Envelope,
-        texts: TokenTexts,
+        shape: Shape,
+        stream_options: StreamOptions,
         running: set[str],
     ) -> None:
         self._call = call
         self._generation = generation
         self._envelope = envelope
-        self._texts = texts
+        self._shape = shape
+        self._stream_options = stream_options
         self._running = running
-        self._stream_options = asked.stream_options
-        self._options = ChoiceOptions(
-            logprobs=asked.body.logprobs,
-            prompt_logprobs=asked.body.prompt_logprobs,
-            return_token_ids=asked.body.return_token_ids,
-        )
         running.add(call.id)
 
     async def collect(self) -> bytes:
@@ -148,7 +162,7 @@ class Answer:
         async for delta in self._generation:
             if delta.index not in collectors:
                 prompt = self._call.prompts[delta.index // self._call.n]
-                collectors[delta.index] = ChoiceCollector(delta.index, prompt, self._options, self._texts)
+                collectors[delta.index] = ChoiceCollector(prompt, self._shape)
             choice = collectors[delta.index].push(delta)
             if choice is not None:
                 done[delta.index] = choice
@@ -170,7 +184,7 @@ class Answer:
             yield DONE
 
     async def _chunks(self) -> AsyncIterator[bytes]:
-        renderer = ChunkRenderer(self._call.prompts, self._call.n, self._options)
+        renderer = ChunkRenderer(self._call.prompts, self._call.n, self._shape)
         with_usage = self._stream_options.include_usage
         continuous = with_usage and self._stream_options.continuous_usage_stats
         usage = "null" if with_usage else ""

@@ -70,21 +70,26 @@ class CompletionRequest:
 
 def parse_completion(raw: bytes, limits: Limits) -> CompletionRequest:
     """Raises InvalidRequest."""
-    fields = read_object(raw)
+    return parse_fields(read_object(raw), limits, DEFAULT_MAX_TOKENS)
+
+
+def parse_fields(fields: Mapping[str, Any], limits: Limits, default_max_tokens: int) -> CompletionRequest:
+    """fields: the body's, without what is null. Raises InvalidRequest."""
     refuse_unsupported(fields)
     _bound_sizes(fields, limits)
     body = read_body_fields(CompletionBody, fields)
     stop = _read_stop(body.stop, limits)
     prompts = read_prompts(body.prompt, limits)
     best_of = _check_choices(body, len(prompts), limits)
-    _check_together(body, best_of, limits)
+    max_tokens = default_max_tokens if body.max_tokens is None else body.max_tokens
+    _check_together(body, best_of, max_tokens, limits)
     structure = read_structure(fields)
     if structure is not None and body.ignore_eos:
         raise InvalidRequest(f"'ignore_eos' and '{structure.param}' cannot be given together.", "ignore_eos")
     return CompletionRequest(
         body=body,
         prompts=prompts,
-        params=_sampling_params(body, limits),
+        params=_sampling_params(body, max_tokens, limits),
         structure=structure,
         beam=_beam_params(body, structure),
         best_of=best_of,
@@ -243,14 +248,13 @@ def _check_choices(body: CompletionBody, prompts: int, limits: Limits) -> int:
     return best_of
 
 
-def _check_together(body: CompletionBody, best_of: int, limits: Limits) -> None:
+def _check_together(body: CompletionBody, best_of: int, max_tokens: int, limits: Limits) -> None:
     _at_most("logprobs", body.logprobs, limits.max_logprobs)
     _at_most("prompt_logprobs", body.prompt_logprobs, limits.max_logprobs)
     if body.suffix:
         raise InvalidRequest("'suffix' is not supported: this model does not insert text.", "suffix")
-    if body.max_tokens == 0 and not body.echo:
+    if max_tokens == 0 and not body.echo:
         raise InvalidRequest(NO_DATA)
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if body.min_tokens > max_tokens:
         raise InvalidRequest(
             f"'min_tokens' must be less than or equal to 'max_tokens' ({max_tokens}), but it is {body.min_tokens}.",
@@ -307,12 +311,12 @@ def _check_lengths(name: str, texts: list[str], most: int) -> None:
         )
 
 
-def _sampling_params(body: CompletionBody, limits: Limits) -> SamplingParams:
+def _sampling_params(body: CompletionBody, max_tokens: int, limits: Limits) -> SamplingParams:
     allowed = body.allowed_token_ids
     scored = [count for count in (body.prompt_logprobs, body.logprobs if body.echo else None) if count is not None]
     return SamplingParams(
         seed=secrets.randbits(63) if body.seed is None else body.seed,
-        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        max_tokens=max_tokens,
         min_tokens=body.min_tokens,
         temperature=body.temperature,
         top_p=body.top_p,

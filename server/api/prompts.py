@@ -93,9 +93,9 @@ async def encode(raw: Sequence[RawPrompt], tokenizer: Tokenizer, keep_last: int 
 
 
 def fit(
-    prompts: Sequence[Prompt], asked: int | None, params: SamplingParams, limits: Limits, *, alike: bool = False
+    prompts: Sequence[Prompt], params: SamplingParams, limits: Limits, *, explicit: bool, alike: bool = False
 ) -> SamplingParams:
-    """Prompt and completion must fit the context: an explicit max_tokens as it stands, the default with what is left.
+    """Prompt and completion must fit the context: an explicit max_tokens as it stands, a default with what is left.
 
     With several prompts the default is cut for the shortest, and the engine ends each sequence at the end of its
     context; where all are to be of one length (`alike`: beams), it is cut for the longest.
@@ -103,8 +103,8 @@ def fit(
     """
     lengths = [len(prompt.token_ids) for prompt in prompts]
     longest = max(lengths)
-    wanted = DEFAULT_MAX_TOKENS if asked is None else asked
-    if longest + (1 if asked is None else wanted) > limits.max_model_len:
+    wanted = params.max_tokens
+    if longest + (wanted if explicit else 1) > limits.max_model_len:
         raise ContextLengthExceeded(limits.max_model_len, longest, wanted)
     most = min(wanted, limits.max_model_len - (longest if alike else min(lengths)))
     return replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from model.step import TokenLogprobs
 from server.engine.output import LOGPROB_FLOOR, TokenTexts
@@ -24,24 +24,40 @@ class Envelope:
     """What is equal in every chunk of an answer."""
 
     id: str
+    object: str  # what kind of thing it says it is
     created: int  # unix seconds
     model: str
     fingerprint: str
 
     def wrap(self, choices: str, usage: str = "") -> bytes:
         """choices, usage: JSON already; an empty usage leaves the key out."""
-        head = f'"id":{_encode(self.id)},"object":"text_completion","created":{self.created}'
+        head = f'"id":{_encode(self.id)},"object":"{self.object}","created":{self.created}'
         tail = f'"system_fingerprint":{_encode(self.fingerprint)}' + (f',"usage":{usage}' if usage else "")
         return f'{{{head},"model":{_encode(self.model)},"choices":[{choices}],{tail}}}'.encode()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChoiceOptions:
-    """What the client wants to see of a choice."""
+class Shape(Protocol):
+    """How an API writes a choice: the whole of it, or in pieces between a beginning and an end."""
 
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    return_token_ids: bool = False
+    @property
+    def whole_object(self) -> str: ...
+    @property
+    def chunk_object(self) -> str: ...
+    @property
+    def return_token_ids(self) -> bool:
+        """A piece without text is worth a chunk where it has tokens."""
+        ...
+
+    def whole(self, choice: ChoiceDelta, prompt: Prompt) -> dict[str, Any]:
+        """choice: all its deltas as one."""
+        ...
+
+    def beginning(self, index: int) -> dict[str, Any] | None: ...
+    def piece(self, delta: ChoiceDelta, prompt: Prompt | None) -> dict[str, Any]:
+        """prompt: with a choice's first piece."""
+        ...
+
+    def end(self, delta: ChoiceDelta) -> dict[str, Any]: ...
 
 
 def usage_json(usage: Usage) -> str:
@@ -82,14 +98,58 @@ def _scored(logprob: float, rank: int | None, text: str) -> dict[str, Any]:
     return {"logprob": max(logprob, LOGPROB_FLOOR), "rank": rank, "decoded_token": text}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionShape:
+    """Choices as /v1/completions has them, with what the client wants to see of them."""
+
+    texts: TokenTexts
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
+    whole_object: str = "text_completion"
+    chunk_object: str = "text_completion"
+
+    def whole(self, choice: ChoiceDelta, prompt: Prompt) -> dict[str, Any]:
+        shown = {**self._common(choice), "finish_reason": _reason(choice), "stop_reason": choice.stop_reason}
+        if self.return_token_ids:
+            shown["prompt_token_ids"] = prompt.token_ids
+            shown["token_ids"] = choice.token_ids
+        if self.prompt_logprobs is not None:
+            rows = choice.prompt_logprobs or []
+            shown["prompt_logprobs"] = prompt_logprobs_object(prompt, rows, self.prompt_logprobs, self.texts)
+        return shown
+
+    def beginning(self, _: int) -> None:
+        return None
+
+    def piece(self, delta: ChoiceDelta, prompt: Prompt | None) -> dict[str, Any]:
+        shown = {**self._common(delta), "finish_reason": None}
+        if self.return_token_ids:
+            if prompt is not None:
+                shown["prompt_token_ids"] = prompt.token_ids
+            shown["token_ids"] = delta.token_ids
+        return shown
+
+    def end(self, delta: ChoiceDelta) -> dict[str, Any]:
+        reasons = {"finish_reason": _reason(delta), "stop_reason": delta.stop_reason}
+        return {"text": "", "index": delta.index, "logprobs": None, **reasons}
+
+    def _common(self, delta: ChoiceDelta) -> dict[str, Any]:
+        logprobs = None if self.logprobs is None else logprobs_object(delta.tokens or (), self.logprobs)
+        return {"text": delta.text, "index": delta.index, "logprobs": logprobs}
+
+
+def _reason(delta: ChoiceDelta) -> str:
+    assert delta.finish_reason is not None
+    return delta.finish_reason.value
+
+
 class ChoiceCollector:
     """The deltas of one choice, joined."""
 
-    def __init__(self, index: int, prompt: Prompt, options: ChoiceOptions, texts: TokenTexts) -> None:
-        self._index = index
+    def __init__(self, prompt: Prompt, shape: Shape) -> None:
         self._prompt = prompt
-        self._options = options
-        self._texts = texts
+        self._shape = shape
         self._text: list[str] = []
         self._rows: list[TokenInfo] = []
         self._token_ids: list[int] = []
@@ -102,54 +162,40 @@ class ChoiceCollector:
         self._token_ids += delta.token_ids
         if delta.prompt_logprobs is not None:
             self._prompt_rows = delta.prompt_logprobs
-        return None if delta.finish_reason is None else self._render(delta)
-
-    def _render(self, last: ChoiceDelta) -> str:
-        assert last.finish_reason is not None
-        options = self._options
-        choice: dict[str, Any] = {
-            "text": "".join(self._text),
-            "index": self._index,
-            "logprobs": None if options.logprobs is None else logprobs_object(self._rows, options.logprobs),
-            "finish_reason": last.finish_reason.value,
-            "stop_reason": last.stop_reason,
-        }
-        if options.return_token_ids:
-            choice["prompt_token_ids"] = self._prompt.token_ids
-            choice["token_ids"] = self._token_ids
-        if options.prompt_logprobs is not None:
-            rows = self._prompt_rows or []
-            choice["prompt_logprobs"] = prompt_logprobs_object(self._prompt, rows, options.prompt_logprobs, self._texts)
-        return _encode(choice)
+        if delta.finish_reason is None:
+            return None
+        rows, text = self._rows, "".join(self._text)
+        choice = replace(delta, text=text, token_ids=self._token_ids, tokens=rows, prompt_logprobs=self._prompt_rows)
+        return _encode(self._shape.whole(choice, self._prompt))
 
 
 class ChunkRenderer:
     """The deltas of all choices, each as the JSON of its chunks' one choice. Ends apart from text: some clients
     look at the one or the other."""
 
-    def __init__(self, prompts: Sequence[Prompt], n: int, options: ChoiceOptions) -> None:
+    def __init__(self, prompts: Sequence[Prompt], n: int, shape: Shape) -> None:
         self._prompts = prompts
         self._n = n
-        self._options = options
+        self._shape = shape
         self._begun: set[int] = set()
 
     def chunks(self, delta: ChoiceDelta) -> Iterator[str]:
-        first = self._options.return_token_ids and delta.index not in self._begun
-        self._begun.add(delta.index)
-        if delta.text or delta.tokens or first or (self._options.return_token_ids and delta.token_ids):
+        shape, first = self._shape, None
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            first = self._prompts[delta.index // self._n]
+            beginning = shape.beginning(delta.index)
+            if beginning is not None:
+                yield _encode(beginning)
+        with_ids = shape.return_token_ids and (first is not None or bool(delta.token_ids))
+        if delta.text or delta.tokens or with_ids:
             yield from self._split(delta, first)
         if delta.finish_reason is not None:
-            yield _encode({
-                "text": "",
-                "index": delta.index,
-                "logprobs": None,
-                "finish_reason": delta.finish_reason.value,
-                "stop_reason": delta.stop_reason,
-            })  # fmt: skip
+            yield _encode(shape.end(delta))
 
-    def _split(self, delta: ChoiceDelta, first: bool) -> Iterator[str]:
+    def _split(self, delta: ChoiceDelta, first: Prompt | None) -> Iterator[str]:
         """One chunk, or as many as keep each short enough: a long prompt is echoed piece by piece."""
-        chunk = _encode(self._choice(delta, first))
+        chunk = _encode(self._shape.piece(delta, first))
         text, ids, rows = len(delta.text) // 2, len(delta.token_ids) // 2, len(delta.tokens or ()) // 2
         small = len(chunk) < CHUNK_BYTES // 4 or len(chunk.encode()) <= CHUNK_BYTES
         if small or not (text or ids or rows):
@@ -162,18 +208,4 @@ class ChunkRenderer:
             delta, text=delta.text[text:], token_ids=delta.token_ids[ids:], tokens=delta.tokens and delta.tokens[rows:]
         )
         yield from self._split(early, first)
-        yield from self._split(late, False)
-
-    def _choice(self, delta: ChoiceDelta, first: bool) -> dict[str, Any]:
-        options = self._options
-        choice: dict[str, Any] = {
-            "text": delta.text,
-            "index": delta.index,
-            "logprobs": None if options.logprobs is None else logprobs_object(delta.tokens or (), options.logprobs),
-            "finish_reason": None,
-        }
-        if options.return_token_ids:
-            if first:
-                choice["prompt_token_ids"] = self._prompts[delta.index // self._n].token_ids
-            choice["token_ids"] = delta.token_ids
-        return choice
+        yield from self._split(late, None)

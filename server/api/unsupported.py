@@ -5,6 +5,7 @@ A request that holds any other value is refused by name: an answer that quietly 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from server.errors import InvalidRequest
@@ -53,7 +54,7 @@ DEPENDENT = {
 KNOWN = frozenset(UNSUPPORTED) | DEPENDENT
 
 
-def refuse_unsupported(fields: dict[str, Any]) -> None:
+def refuse_unsupported(fields: Mapping[str, Any]) -> None:
     """Raises InvalidRequest for the first parameter that asks for what the server cannot do."""
     for name, idle in UNSUPPORTED.items():
         value = fields.get(name)

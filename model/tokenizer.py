@@ -36,15 +36,20 @@ class Tokenizer:
             self._bytes[id_] = token
         for text, id_ in special.items():
             self._bytes[id_] = text.encode()
-        self._special = frozenset(special)
+        self.special_tokens = frozenset(special)
         self.special_ids = frozenset(special.values())
         self.eos_token = eos_token
+        self.bos_token = eos_token  # GPT-2 has one token for both
         self.eos_token_id = special[eos_token]
         self.vocab_size = vocab_size
 
     def encode(self, text: str) -> list[int]:
         """Raises UnicodeEncodeError for a lone surrogate; parsing keeps those out."""
-        return self._encoding.encode(text, allowed_special=self._special)
+        return self._encoding.encode(text, allowed_special=self.special_tokens)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Names of special tokens are text like any other."""
+        return self._encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         table = self._bytes

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from server.api.chat_schemas import ChatBody
 from server.api.limits import Limits
 from server.api.schemas import (
     StreamOptions,
@@ -31,6 +32,7 @@ LIMITS = Limits(max_model_len=1024, vocab_size=50257)
 SCHEMAS: dict[str, dict[str, Any]] = {
     "completions": completion_schema(LIMITS),
     "stream_options": request_schema(StreamOptions),
+    "chat": request_schema(ChatBody),
     "embeddings": embedding_schema(LIMITS),
     "tokenize": tokenize_schema(),
     "detokenize": detokenize_schema(LIMITS),

@@ -12,6 +12,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from model.tokenizer import Tokenizer
 from server.api.auth import OPEN_PATHS, AuthMiddleware
+from server.api.chat import chat_routes
+from server.api.chat_template import ChatTemplate
 from server.api.completions import CompletionService, completion_routes
 from server.api.embeddings import embedding_routes
 from server.api.engines import engine_routes
@@ -62,6 +64,7 @@ def create_app(
     registry: CollectorRegistry,
     on_answer: AnswerHook,
     grammars: GrammarChecker | None = None,
+    chat_template: ChatTemplate | None = None,
     sleeper: Sleeper | None = None,
     keys: Keyring | None = None,
     open_paths: Set[str] = frozenset(),
@@ -81,6 +84,7 @@ def create_app(
         phrases=Phrases(tokenizer),
         grammars=grammars,
     )
+    app.include_router(chat_routes(service, chat_template))  # before completions, whose engines may have any name
     app.include_router(completion_routes(service))
     app.include_router(embedding_routes(service))
     app.include_router(model_routes(model))

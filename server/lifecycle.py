@@ -17,13 +17,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from fastapi import FastAPI
 
 from model.config import ModelConfig, read_config
 from model.errors import ConfigError
-from model.tokenizer import read_tokenizer
+from model.tokenizer import Tokenizer, read_tokenizer
 from server import __version__
+from server.api.chat_template import ChatTemplate, read_chat_template
 from server.api.keys import Key, Keyring, load_keys
 from server.api.limits import Limits
 from server.api.models import ServedModel
@@ -185,6 +187,7 @@ def assemble(settings: Settings) -> Backend:
         registry=metrics.registry,
         on_answer=metrics.answered,
         grammars=grammars,
+        chat_template=_chat_template(settings, tokenizer),
         sleeper=engine,
         keys=keys,
         open_paths=frozenset(settings.open_paths),
@@ -210,6 +213,13 @@ def _context(settings: Settings, config: ModelConfig) -> int:
     if wanted > config.n_positions:
         raise ConfigError(f"max_model_len {wanted} is more than the model's {config.n_positions} positions")
     return wanted
+
+
+def _chat_template(settings: Settings, tokenizer: Tokenizer) -> ChatTemplate | None:
+    if settings.chat_template is None:
+        return None
+    path = Path(settings.chat_template).expanduser()
+    return read_chat_template(path, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
 def _served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int) -> ServedModel:

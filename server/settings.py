@@ -50,6 +50,7 @@ class Settings(BaseSettings):
         "model", "int8 keeps the weights in 8 bits, on a CPU: faster and smaller; default: as --dtype says", None
     )
     max_model_len: int | None = _flag("model", "context length in tokens; default: the model's", None, ge=2)
+    chat_template: str | None = _flag("model", "file of a Jinja template, which makes a prompt of a chat", None)
 
     # Server
     host: str = _flag("server", "address to listen on", "127.0.0.1")

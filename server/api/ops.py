@@ -13,12 +13,7 @@ from starlette.responses import PlainTextResponse, Response
 from server.api.errors import error_response
 from server.engine.grammars import GrammarChecker
 from server.engine.request import GenerationEngine
-from server.errors import InvalidRequest, Overloaded
-
-NO_CHAT = (
-    "The model is a base GPT-2: it has no chat template, so it completes text and holds no conversations. "
-    "Use POST /v1/completions instead."
-)
+from server.errors import Overloaded
 
 
 def ops_routes(
@@ -55,10 +50,6 @@ def ops_routes(
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
-
-    @router.post("/v1/chat/completions")
-    async def chat() -> Response:
-        raise InvalidRequest(NO_CHAT, "messages", "chat_not_supported")
 
     return router
 

@@ -201,7 +201,7 @@ def _bound_size(name: str, value: Any, most: int) -> None:
         )
 
 
-def _at_most(name: str, value: int | None, most: int) -> None:
+def at_most(name: str, value: int | None, most: int) -> None:
     if value is not None and value > most:
         _, what, sign, code = BOUNDS["less_than_equal"]
         raise _out_of_range(name, name, what, f"{sign} {most}", value, code)
@@ -227,8 +227,8 @@ def _read_stop(value: Any, limits: Limits) -> tuple[str, ...]:
 
 def _check_choices(body: CompletionBody, prompts: int, limits: Limits) -> int:
     """Counts sequences before anything is copied. Returns best_of."""
-    _at_most("n", body.n, limits.max_choices)
-    _at_most("best_of", body.best_of, limits.max_best_of)
+    at_most("n", body.n, limits.max_choices)
+    at_most("best_of", body.best_of, limits.max_best_of)
     best_of = body.n if body.best_of is None else body.best_of
     if body.n > best_of:
         raise InvalidRequest(
@@ -249,8 +249,8 @@ def _check_choices(body: CompletionBody, prompts: int, limits: Limits) -> int:
 
 
 def _check_together(body: CompletionBody, best_of: int, max_tokens: int, limits: Limits) -> None:
-    _at_most("logprobs", body.logprobs, limits.max_logprobs)
-    _at_most("prompt_logprobs", body.prompt_logprobs, limits.max_logprobs)
+    at_most("logprobs", body.logprobs, limits.max_logprobs)
+    at_most("prompt_logprobs", body.prompt_logprobs, limits.max_logprobs)
     if body.suffix:
         raise InvalidRequest("'suffix' is not supported: this model does not insert text.", "suffix")
     if max_tokens == 0 and not body.echo:

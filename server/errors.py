@@ -106,5 +106,9 @@ class EngineError(ServerError):
         super().__init__(message, code="engine_error")
 
 
+class WorkerKilled(EngineError):
+    """By this request, again and again; it had better not be sent once more."""
+
+
 class DeadlineExceeded(ServerError):
     """The request's time was up before it was answered."""

@@ -174,7 +174,15 @@ def assemble(settings: Settings) -> Backend:
     admission = Admission(settings.max_num_queued_reqs, settings.max_num_queued_tokens)
     per_minute = settings.max_tokens_per_minute
     buckets = None if per_minute is None else TokenBuckets(per_minute)
-    engine = Engine(tokenizer, admission, Observer(metrics), settings.workers, buckets)
+    engine = Engine(
+        tokenizer,
+        admission,
+        Observer(metrics),
+        settings.workers,
+        buckets,
+        request_timeout=settings.request_timeout,
+        stall_timeout=settings.stall_timeout,
+    )
     directory = str(checkpoint.directory)
     grammars = GrammarChecker(checker_command(directory, config.vocab_size, config.eos_token_id))
     keys = _keyring(settings)
@@ -198,7 +206,12 @@ def assemble(settings: Settings) -> Backend:
         app=app,
         engine=engine,
         supervisors=[
-            Supervisor(_start(settings, checkpoint, config, max_model_len, worker), engine, worker)
+            Supervisor(
+                _start(settings, checkpoint, config, max_model_len, worker),
+                engine,
+                worker,
+                stall_timeout=settings.stall_timeout,
+            )
             for worker in range(settings.workers)
         ],
         grammars=grammars,

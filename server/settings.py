@@ -99,6 +99,10 @@ class Settings(BaseSettings):
         "engine", "threads of a worker; default: its share of the cores this process may use", None, ge=1
     )
 
+    stall_timeout: float = _flag(
+        "engine", "seconds a worker that has work may make no step before it is replaced", 30, ge=1, le=3600
+    )
+
     # Speculation
     speculative_method: Literal["off", "ngram", "model"] = _flag(
         "speculation",
@@ -112,6 +116,7 @@ class Settings(BaseSettings):
     num_speculative_tokens: int = _flag("speculation", "most tokens guessed at a time", 5, ge=1, le=32)
 
     # Limits
+    request_timeout: float = _flag("limits", "seconds a request may take, its wait included", 600, gt=0, le=86400)
     max_tokens_per_minute: int | None = _flag(
         "limits", "tokens of prompts and completions a key may use in a minute; default: any number", None, ge=1
     )

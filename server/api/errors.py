@@ -23,6 +23,7 @@ from server.errors import (
     ServerError,
     TryLater,
     Unauthorized,
+    WorkerKilled,
 )
 
 # Looked up along the error's own line of ancestors, so the nearest entry counts.
@@ -62,7 +63,7 @@ def error_response(error: ServerError) -> Response:
         headers["connection"] = "close"
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, DeadlineExceeded) or error is INTERNAL:
+    if isinstance(error, DeadlineExceeded | WorkerKilled) or error is INTERNAL:
         headers["x-should-retry"] = "false"  # the same request would meet the same end
     body = json.dumps(error_object(error), ensure_ascii=False, allow_nan=False).encode()
     return Response(body, status, headers, media_type="application/json")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from dataclasses import replace
 
@@ -19,12 +20,24 @@ from server.engine.candidate import Candidate
 from server.engine.generation import RunningGeneration
 from server.engine.observer import Observer
 from server.engine.output import ChoiceOutput, TokenTexts
+from server.engine.quarantine import Quarantine
 from server.engine.quota import TokenBuckets
 from server.engine.request import GenerationRequest, Prompt
 from server.engine.router import Router
-from server.errors import Draining, EngineError, Overloaded, RateLimited, TryLater
+from server.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineError,
+    Overloaded,
+    RateLimited,
+    ServerError,
+    TryLater,
+    WorkerKilled,
+)
 from server.worker.channel import EngineChannel
-from server.worker.messages import Abort, Ready, Sleep, Slept, Step, WakeUp
+from server.worker.messages import Abort, Ready, Refused, Sleep, Slept, Step, WakeUp
+
+log = logging.getLogger(__name__)
 
 POLL = 0.01  # seconds between looks at whether workers sleep or are awake
 
@@ -37,7 +50,11 @@ class Engine:
         observer: Observer,
         workers: int = 1,
         buckets: TokenBuckets | None = None,
+        *,
+        request_timeout: float,
+        stall_timeout: float,
     ) -> None:
+        """Timeouts in seconds: for a whole request; and without a step of any worker while there is work."""
         self._tokenizer = tokenizer
         self._texts = TokenTexts(tokenizer)
         self._admission = admission
@@ -48,6 +65,10 @@ class Engine:
         self._running: dict[int, tuple[Candidate, RunningGeneration]] = {}  # by candidate id, until its last token
         self._channels: dict[int, EngineChannel] = {}  # of the workers that run, by number
         self._router = Router(workers)
+        self._quarantine = Quarantine()
+        self._request_timeout = request_timeout
+        self._stall_timeout = stall_timeout
+        self._last_step = 0.0  # when, or when work came after there was none
         self.worker: Ready | None = None  # what the latest worker said of itself
         self._sleep_level: int | None = None
         self._resting: set[int] = set()  # workers that sleep
@@ -62,7 +83,9 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        return not self._dead
+        """What was asked for is being worked at: not a flag, for a flag says yes while everything hangs."""
+        stalled = bool(self._running) and time.monotonic() - self._last_step > self._stall_timeout
+        return not self._dead and not stalled
 
     @property
     def load(self) -> int:
@@ -83,22 +106,30 @@ class Engine:
         self._observer.entered(request)
         generation = self._generation(request)
         self._generations.add(generation)
+        generation.expiry = asyncio.get_running_loop().call_later(self._request_timeout, self._expire, generation)
         self._start_due(generation)
         return generation
 
     def _start_due(self, generation: RunningGeneration) -> None:
-        request = generation.request
-        for candidate in generation.due:
+        if not self._running:
+            self._last_step = time.monotonic()
+        due, generation.due = generation.due, []
+        for candidate in due:
             self._running[candidate.id] = (candidate, generation)
             self._observer.admitted(candidate)
-            self._send(candidate, request)
-        generation.due.clear()
+        self._send([candidate.id for candidate in due])
 
-    def _send(self, candidate: Candidate, request: GenerationRequest) -> None:
-        """To the worker that suits it best; with none about, the next one that is ready takes it."""
-        candidate.worker = self._router.choose(candidate.prompt.token_ids, request.salt)
-        if candidate.worker is not None:
+    def _send(self, ids: list[int]) -> None:
+        """Each to the worker that suits it best. With none about, or a killer at large, it has to wait."""
+        for id_ in self._quarantine.admit(ids) if self._channels else ():
+            candidate, generation = self._running[id_]
+            request = generation.request
+            candidate.worker = self._router.choose(candidate.prompt.token_ids, request.salt)
+            assert candidate.worker is not None
             self._channels[candidate.worker].send(candidate.add_message(request.priority, request.salt))
+
+    def _send_waiting(self) -> None:
+        self._send([id_ for id_, (candidate, _) in self._running.items() if candidate.worker is None])
 
     def _admit(self, request: GenerationRequest) -> None:
         if self._draining:
@@ -142,13 +173,32 @@ class Engine:
     def _close(self, generation: RunningGeneration) -> None:
         """The one place where a request leaves. What still runs of it is aborted."""
         self._generations.discard(generation)
+        if generation.expiry is not None:
+            generation.expiry.cancel()
         used = generation.usage
         self._charge(generation.request, used.prompt_tokens + used.completion_tokens - _cost(generation.request))
         self._observer.left(generation.request, used, generation.longest)
-        left = [candidate for candidate in generation.live if self._running.pop(candidate.id, None)]
-        for candidate in left:
+        for candidate in self._drop(generation):
             self._observer.aborted(candidate)
+
+    def _fail(self, generation: RunningGeneration, error: ServerError) -> None:
+        """What runs of it is dropped now; its reader will be told when it gets there."""
+        for candidate in self._drop(generation):
+            self._observer.failed(candidate)
+        generation.fail(error)
+
+    def _expire(self, generation: RunningGeneration) -> None:
+        if generation.live:
+            self._fail(generation, DeadlineExceeded("The request was not finished in the time a request may take."))
+
+    def _drop(self, generation: RunningGeneration) -> list[Candidate]:
+        """Returns what still ran of it."""
+        left = [candidate for candidate in generation.live if self._running.pop(candidate.id, None)]
         self._abort(left)
+        cleared = [self._quarantine.cleared(candidate.id) for candidate in left]
+        if any(cleared):
+            self._send_waiting()
+        return left
 
     def _abort(self, candidates: list[Candidate]) -> None:
         """Tell their workers to drop them."""
@@ -170,19 +220,15 @@ class Engine:
         self.worker = ready
         if self._sleep_level is not None and self.idle:
             channel.send(Sleep(self._sleep_level))
-        self._send_orphans()
-
-    def _send_orphans(self) -> None:
-        for candidate, generation in self._running.values():
-            if candidate.worker is None:
-                self._send(candidate, generation.request)
+        self._send_waiting()
 
     def worker_step(self, worker: int, step: Step) -> None:
-        now = time.monotonic()
+        now = self._last_step = time.monotonic()
         stopped: list[Candidate] = []
         if step.work is not None:
             for id_ in step.work.admitted:
                 self._observer.started(id_, now - step.work.seconds)
+        cleared = False
         for said in step.outputs:
             candidate, generation = self._running.get(said.id, (None, None))
             if candidate is None or generation is None:
@@ -190,6 +236,8 @@ class Engine:
             generation.take(candidate, said)
             if said.token is not None:
                 self._observer.token(candidate, now)
+            if said.token is not None or said.finish is not None:
+                cleared |= self._quarantine.cleared(said.id)
             if candidate.finish is not None:
                 del self._running[candidate.id]
                 self._observer.finished(candidate, now)
@@ -199,7 +247,17 @@ class Engine:
                 else:
                     self._router.ended(worker)
         self._abort(stopped)
+        if cleared:
+            self._send_waiting()
         self._observer.stepped(worker, step.stats, step.work)
+
+    def worker_refused(self, worker: int, refused: Refused) -> None:
+        """It has forgotten the sequence, and no other could run it either."""
+        candidate, generation = self._running.get(refused.id, (None, None))
+        if candidate is not None and generation is not None:
+            self._router.ended(worker)
+            candidate.worker = None
+            self._fail(generation, EngineError("The engine has no room for this request."))
 
     def worker_slept(self, worker: int, slept: Slept) -> None:
         if slept.asleep:
@@ -213,10 +271,14 @@ class Engine:
         self._router.left(worker)
         self._resting.discard(worker)
         self._observer.worker_lost(worker)
-        for candidate, _ in self._running.values():
-            if candidate.worker == worker:
-                candidate.worker = None
-        self._send_orphans()
+        lost = {id_: pair for id_, pair in self._running.items() if pair[0].worker == worker}
+        for candidate, _ in lost.values():
+            candidate.worker = None
+        killer = self._quarantine.died(list(lost))
+        if killer is not None:
+            log.error("a request has killed worker after worker", extra={"id": lost[killer][1].request.id})
+            self._fail(lost[killer][1], WorkerKilled("The engine crashed whenever it worked on this request."))
+        self._send_waiting()
 
     # === Sleep ===
 
@@ -234,7 +296,7 @@ class Engine:
             self._sleep_level = level
             if abort:
                 for generation in self._generations:
-                    generation.fail(Overloaded("The server was put to sleep before this request was finished."))
+                    self._fail(generation, Overloaded("The server was put to sleep before this request was finished."))
             while not self.idle:
                 await asyncio.sleep(POLL)
             if self._sleep_level is None:  # woken up before it slept
@@ -268,12 +330,9 @@ class Engine:
         """Every open request is told; none can be admitted any more."""
         self._dead = isinstance(error, EngineError)
         self._draining = True
-        for candidate, _ in self._running.values():
-            self._observer.failed(candidate)
-        self._running.clear()
         for generation in self._generations:
             if generation.live:
-                generation.fail(error)
+                self._fail(generation, error)
 
     def check(self) -> None:
         """The books: every running candidate belongs to a request that is open, and an idle engine holds nothing."""

@@ -24,7 +24,8 @@ class RunningGeneration:
         """candidates: best_of for each prompt, in order. close: told once, when the reader is done with it."""
         self.request = request
         self.candidates = candidates
-        self.due = list(candidates)  # those a worker has yet to be told of; whoever tells it clears them
+        self.due = list(candidates)  # those the engine has yet to be told of; whoever takes them clears them
+        self.expiry: asyncio.TimerHandle | None = None  # of the deadline, if it has one
         self._close: Callable[[RunningGeneration], None] | None = close
         self._deltas: asyncio.Queue[ChoiceDelta | ServerError] = asyncio.Queue()
         self._kept: dict[int, list[ChoiceDelta]] = {}  # of candidates that may yet lose

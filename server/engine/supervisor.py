@@ -9,20 +9,22 @@ import asyncio
 import logging
 import socket
 import sys
-import time
-from collections import deque
+from pathlib import Path
 from typing import Protocol
 
+from server.engine.heartbeat import Heartbeat
 from server.worker.channel import EngineChannel
-from server.worker.messages import Failed, Ready, Shutdown, Slept, Start, Step
+from server.worker.messages import Failed, Ready, Refused, Shutdown, Slept, Start, Step
 
 log = logging.getLogger(__name__)
 
 EXIT_ENGINE_DIED = 70
-CRASHES_MAX = 5  # within CRASH_WINDOW seconds: then it is no accident, and starting another helps nobody
-CRASH_WINDOW = 60.0
-BACKOFF_MAX = 2.0
-STOP_TIMEOUT = 2.0
+CRASHES_MAX = 8  # lives in a row in which no token came about: starting another helps nobody
+BACKOFF_MAX = 2.0  # seconds
+START_TIMEOUT = 600.0  # to load the model
+STOP_TIMEOUT = 2.0  # to end when told to
+LOOK = 0.25  # between two looks at a worker
+STOPPED_TIMEOUT = 1.0  # a process that was stopped (SIGSTOP) is not merely slow, so it gets no more
 
 
 class Listener(Protocol):
@@ -30,17 +32,21 @@ class Listener(Protocol):
 
     def worker_ready(self, worker: int, ready: Ready, channel: EngineChannel) -> None: ...
     def worker_step(self, worker: int, step: Step) -> None: ...
+    def worker_refused(self, worker: int, refused: Refused) -> None: ...
     def worker_slept(self, worker: int, slept: Slept) -> None: ...
     def worker_lost(self, worker: int) -> None: ...
 
 
 class Supervisor:
-    def __init__(self, start: Start, listener: Listener, worker: int = 0) -> None:
+    def __init__(self, start: Start, listener: Listener, worker: int = 0, *, stall_timeout: float) -> None:
+        """stall_timeout: seconds that a worker with work may be silent before it is replaced."""
         self._worker = worker
         self._start = start
         self._listener = listener
-        self._crashes: deque[float] = deque()
+        self._stall_timeout = stall_timeout
+        self._crashes = 0  # in a row
         self._channel: EngineChannel | None = None
+        self._ready = False
         self._stopping = False
         self.pid: int | None = None  # of the worker that runs now
 
@@ -54,23 +60,17 @@ class Supervisor:
             if failure is not None:
                 log.error("worker failed", extra={"worker": self._worker, "reason": failure.message})
                 return failure.exit_code
-            if self._crashed_too_often():
-                log.error("worker died too often", extra={"crashes": len(self._crashes), "seconds": CRASH_WINDOW})
+            if self._crashes > CRASHES_MAX:
+                log.error("worker died too often", extra={"worker": self._worker, "crashes": self._crashes})
                 return EXIT_ENGINE_DIED
-            await asyncio.sleep(min(0.1 * 2 ** (len(self._crashes) - 1), BACKOFF_MAX))
+            if self._crashes > 1:
+                await asyncio.sleep(min(0.1 * 2**self._crashes, BACKOFF_MAX))
         return 0
 
     def stop(self) -> None:
         self._stopping = True
         if self._channel is not None:
             self._channel.send(Shutdown())
-
-    def _crashed_too_often(self) -> bool:
-        now = time.monotonic()
-        self._crashes.append(now)
-        while now - self._crashes[0] > CRASH_WINDOW:
-            self._crashes.popleft()
-        return len(self._crashes) > CRASHES_MAX
 
     async def _one_life(self) -> Failed | None:
         """One worker from start to end. Returns what it said if it could not start; None if it just died."""
@@ -83,29 +83,62 @@ class Supervisor:
             theirs.close()
         self.pid = process.pid
         self._channel = await EngineChannel.open(ours)
+        self._crashes += 1  # until it has proved itself
+        self._ready = False
+        heartbeat = Heartbeat()
+        watch = asyncio.create_task(self._watch(process, self._channel, heartbeat))
         try:
             self._channel.send(self._start)
             if self._stopping:  # told while the process was being started
                 self._channel.send(Shutdown())
-            return await self._listen(self._channel)
+            return await self._listen(self._channel, heartbeat)
         finally:
+            watch.cancel()
             self._channel.close()
             self._channel = None
             await _reap(process)
             log.info("worker ended", extra={"pid": process.pid, "status": process.returncode})
 
-    async def _listen(self, channel: EngineChannel) -> Failed | None:
+    async def _listen(self, channel: EngineChannel, heartbeat: Heartbeat) -> Failed | None:
         while (message := await channel.receive()) is not None:
+            heartbeat.heard(message)
             match message:
                 case Ready():
+                    self._ready = True
                     self._listener.worker_ready(self._worker, message, channel)
                 case Step():
+                    if message.outputs:
+                        self._crashes = 0
                     self._listener.worker_step(self._worker, message)
+                case Refused():
+                    self._listener.worker_refused(self._worker, message)
                 case Slept():
                     self._listener.worker_slept(self._worker, message)
                 case Failed():
                     return message
         return None
+
+    async def _watch(self, process: asyncio.subprocess.Process, channel: EngineChannel, heartbeat: Heartbeat) -> None:
+        """Kills a worker that is stuck, or that does not end when told to. The rest follows from its death."""
+        ending = 0
+        while True:
+            await asyncio.sleep(LOOK)
+            ending += self._stopping
+            silent = LOOK * heartbeat.look(channel.sent)
+            stuck = silent > (self._stall_timeout if self._ready else START_TIMEOUT)
+            if stuck or LOOK * ending > STOP_TIMEOUT or (silent > STOPPED_TIMEOUT and _is_stopped(process.pid)):
+                log.error("worker is stuck", extra={"worker": self._worker, "pid": process.pid, "seconds": silent})
+                process.kill()
+                return
+
+
+def _is_stopped(pid: int) -> bool:
+    """By a signal; proc(5). Where this is not Linux, nobody knows."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(") ")[2][:1]
+    except OSError:
+        return False
+    return state == "T"
 
 
 async def _reap(process: asyncio.subprocess.Process) -> None:

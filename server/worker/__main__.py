@@ -6,6 +6,7 @@ to, and when the other end is closed: it never outlives the api process.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import signal
 import socket
@@ -21,6 +22,7 @@ from server.worker.messages import (
     Add,
     Failed,
     Ready,
+    Refused,
     SequenceOutput,
     Shutdown,
     Sleep,
@@ -42,6 +44,7 @@ from server.worker.parts import (
 from server.worker.pipeline import Pipeline
 
 EXIT_CONFIG = 78
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Worker:
@@ -87,7 +90,7 @@ class Worker:
     def _handle(self, message: ToWorker) -> None:
         match message:
             case Add():
-                self._scheduler.add(message)
+                self._add(message)
             case Abort():
                 for id_ in message.ids:
                     self._scheduler.abort(id_)
@@ -99,6 +102,12 @@ class Worker:
                 self._stopping = True
             case Start():
                 raise AssertionError("a worker is started once")
+
+    def _add(self, message: Add) -> None:
+        try:
+            self._scheduler.add(message)
+        except ValueError:  # no reason to end for all the others
+            self._channel.send(Refused(message.id))
 
     def _sleep(self, *, deep: bool) -> None:
         """Give back the KV pool, and if deep the weights. Nothing runs any more: the api process has seen to that."""
@@ -150,7 +159,7 @@ class Worker:
     def _report(self, outputs: list[SequenceOutput], work: Work | None = None) -> None:
         if self._scheduler.idle:
             self._scheduler.check()
-        self._channel.send(Step(outputs, self._scheduler.stats(), work))
+        self._channel.send(Step(outputs, self._scheduler.stats(), self._channel.received, work))
 
 
 def _budget(start: Start) -> BudgetController | None:
@@ -175,7 +184,14 @@ def serve(channel: WorkerChannel) -> int:
     return 0
 
 
+def _end_with_parent() -> None:
+    """Even if it is stuck in a step. Where this is not Linux, the closed socket has to be enough."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> int:
+    _end_with_parent()
     # Ctrl-C reaches the whole process group; when to stop is for the api process to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -23,8 +23,9 @@ class WorkerChannel:
     """The worker's end: blocking, because a worker with nothing to do has nothing else to wait for."""
 
     def __init__(self, sock: socket.socket) -> None:
+        self.received = 0  # messages
         self._socket = sock
-        self._received = bytearray()
+        self._buffer = bytearray()
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -46,19 +47,20 @@ class WorkerChannel:
             return False
         if not data:
             raise EOFError
-        self._received += data
+        self._buffer += data
         return True
 
     def _complete(self) -> list[ToWorker]:
         messages, at = [], 0
-        while len(self._received) - at >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._received, at)
-            if len(self._received) - at < _LENGTH.size + length:
+        while len(self._buffer) - at >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, at)
+            if len(self._buffer) - at < _LENGTH.size + length:
                 break
             at += _LENGTH.size
-            messages.append(self._decoder.decode(memoryview(self._received)[at : at + length]))
+            messages.append(self._decoder.decode(memoryview(self._buffer)[at : at + length]))
             at += length
-        del self._received[:at]
+        del self._buffer[:at]
+        self.received += len(messages)
         return messages
 
 
@@ -66,6 +68,7 @@ class EngineChannel:
     """The api process's end, on its event loop."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.sent = 0  # messages
         self._reader = reader
         self._writer = writer
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
@@ -82,6 +85,7 @@ class EngineChannel:
         What is sent in one turn of the event loop goes out in one write, so that the sequences of a request start in
         the same step.
         """
+        self.sent += 1
         if not self._outgoing:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outgoing += _frame(self._encoder.encode(message))

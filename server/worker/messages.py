@@ -122,9 +122,18 @@ class Work(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
+    """Said after each step, and after messages that led to none; so silence means that something is stuck."""
+
     outputs: list[SequenceOutput]
     stats: Stats
+    received: int  # messages taken in so far
     work: Work | None = None  # None where nothing was run, and only the books have changed
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """A sequence that this worker could never run; it has forgotten it."""
+
+    id: int
 
 
 class Slept(msgspec.Struct, frozen=True, tag="slept"):
@@ -140,4 +149,4 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     exit_code: int
 
 
-FromWorker = Ready | Step | Slept | Failed
+FromWorker = Ready | Step | Refused | Slept | Failed

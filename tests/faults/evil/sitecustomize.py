@@ -1,0 +1,46 @@
+"""Makes a worker's forward pass misbehave. Python imports this by itself where its directory is on PYTHONPATH.
+
+EVIL is `WHAT:WHEN`. WHAT: raise, exit, hang. WHEN: `step=K` (in the K-th step of each life), or `token=ID` (in every
+step that computes this token).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+if "server.worker" in getattr(sys, "orig_argv", ()) and "EVIL" in os.environ:
+    from model.runner import Runner
+
+    what, when = os.environ["EVIL"].split(":")
+    key, value = when.split("=")
+    run, steps = Runner.run, 0
+
+    def evil_run(self: Runner, plan: Any) -> Any:
+        global steps  # noqa: PLW0603
+        steps += 1
+        for new in plan.added:
+            new_tokens[new.id] = [*new.prompt, *new.output]
+        computed = [
+            token
+            for chunk in plan.chunks
+            for token in new_tokens.get(chunk.id, [])[chunk.start : chunk.start + chunk.count]
+        ]
+        if (key == "step" and steps == int(value)) or (key == "token" and int(value) in computed):
+            misbehave()
+        result = run(self, plan)
+        for sample in result.sampled:
+            new_tokens[sample.id].append(sample.token)
+        return result
+
+    def misbehave() -> None:
+        if what == "hang":
+            time.sleep(3600)
+        if what == "exit":
+            os._exit(3)
+        raise RuntimeError("evil")
+
+    new_tokens: dict[int, list[int]] = {}
+    Runner.run = evil_run  # type: ignore[method-assign]

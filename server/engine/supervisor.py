@@ -19,8 +19,8 @@ from server.worker.messages import Failed, Ready, Refused, Shutdown, Slept, Star
 log = logging.getLogger(__name__)
 
 EXIT_ENGINE_DIED = 70
-CRASHES_MAX = 8  # lives in a row in which no token came about: starting another helps nobody
-BACKOFF_MAX = 2.0  # seconds
+CRASHES_MAX = 5  # lives in a row in which no token came about: starting another helps nobody
+BACKOFF_MAX = 1.0  # seconds
 START_TIMEOUT = 600.0  # to load the model
 STOP_TIMEOUT = 2.0  # to end when told to
 LOOK = 0.25  # between two looks at a worker

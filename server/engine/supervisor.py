@@ -24,7 +24,7 @@ BACKOFF_MAX = 1.0  # seconds
 START_TIMEOUT = 600.0  # to load the model
 STOP_TIMEOUT = 2.0  # to end when told to
 LOOK = 0.25  # between two looks at a worker
-STOPPED_TIMEOUT = 1.0  # a process that was stopped (SIGSTOP) is not merely slow, so it gets no more
+STOPPED_TIMEOUT = 0.5  # a process that was stopped (SIGSTOP) is not merely slow, so it gets no more
 
 
 class Listener(Protocol):
@@ -126,7 +126,7 @@ class Supervisor:
             ending += self._stopping
             silent = LOOK * heartbeat.look(channel.sent)
             stuck = silent > (self._stall_timeout if self._ready else START_TIMEOUT)
-            if stuck or LOOK * ending > STOP_TIMEOUT or (silent > STOPPED_TIMEOUT and _is_stopped(process.pid)):
+            if stuck or LOOK * ending > STOP_TIMEOUT or (silent >= STOPPED_TIMEOUT and _is_stopped(process.pid)):
                 log.error("worker is stuck", extra={"worker": self._worker, "pid": process.pid, "seconds": silent})
                 process.kill()
                 return

@@ -1,0 +1,179 @@
+"""The engine against workers that are scripted: refusals, deadlines, deaths, and what /health may say."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from model.sampling_params import SamplingParams
+from model.tokenizer import Tokenizer
+from server.engine.admission import Admission
+from server.engine.engine import Engine
+from server.engine.generation import RunningGeneration
+from server.engine.observer import Observer
+from server.engine.request import GenerationRequest, Prompt
+from server.errors import DeadlineExceeded, EngineError, Overloaded, WorkerKilled
+from server.metrics import Metrics
+from server.worker.messages import Abort, Add, Ready, Refused, SequenceOutput, Stats, Step, ToWorker
+
+
+@dataclass
+class Worker:
+    """Its channel, and what it says."""
+
+    engine: Engine
+    number: int = 0
+    told: list[ToWorker] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.engine.worker_ready(self.number, Ready("scripted", 16, 64, 0.1), self)  # type: ignore[arg-type]
+
+    def send(self, message: ToWorker) -> None:
+        self.told.append(message)
+
+    @property
+    def added(self) -> list[int]:
+        return [message.id for message in self.told if isinstance(message, Add)]
+
+    @property
+    def aborted(self) -> list[int]:
+        return [id_ for message in self.told if isinstance(message, Abort) for id_ in message.ids]
+
+    def says(self, *ids: int) -> None:
+        """A token for each of these."""
+        stats = Stats(len(ids), 0, 0, 64, 0, 0, 0, 0, 0, 0.0, len(ids))
+        self.engine.worker_step(self.number, Step([SequenceOutput(id_, token=65) for id_ in ids], stats, 0))
+
+
+def make_engine(request_timeout: float = 60, stall_timeout: float = 60, queued: int = 256) -> Engine:
+    tokenizer = Tokenizer({bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}, "<|endoftext|>", 257)
+    observer = Observer(Metrics("m", "0"))
+    admission = Admission(queued, 1 << 16)
+    return Engine(tokenizer, admission, observer, request_timeout=request_timeout, stall_timeout=stall_timeout)
+
+
+def ask(engine: Engine, n: int = 1) -> RunningGeneration:
+    params = SamplingParams(seed=1, max_tokens=9, ignore_eos=True)
+    return engine.submit(GenerationRequest(id="cmpl-x", prompts=[Prompt([1, 2], "")], params=params, n=n, best_of=n))
+
+
+def engine_test(body: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    def run() -> None:
+        asyncio.run(body())
+
+    return run
+
+
+async def fails_with(generation: RunningGeneration, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        async for _ in generation:
+            pass
+    await generation.aclose()
+
+
+@engine_test
+async def test_a_refused_sequence_fails_its_request_alone() -> None:
+    engine = make_engine()
+    worker = Worker(engine)
+    bad, good = ask(engine, n=2), ask(engine)
+    engine.worker_refused(0, Refused(worker.added[1]))
+    await fails_with(bad, EngineError)
+    assert worker.aborted == [worker.added[0]]  # its sibling; the refused one the worker has forgotten
+    worker.says(worker.added[2])
+    assert (await anext(good)).text == "A"
+    await good.aclose()
+    engine.check()
+
+
+@engine_test
+async def test_a_deadline_ends_what_runs_and_tells_the_worker_at_once() -> None:
+    engine = make_engine(request_timeout=0.05)
+    worker = Worker(engine)
+    generation = ask(engine, n=2)
+    worker.says(worker.added[0])
+    await asyncio.sleep(0.1)
+    assert worker.aborted == worker.added  # before anybody read on
+    assert (await anext(generation)).text == "A"  # what came in time is not lost
+    await fails_with(generation, DeadlineExceeded)
+    engine.check()
+
+
+@engine_test
+async def test_a_deadline_is_forgotten_with_its_request() -> None:
+    engine = make_engine(request_timeout=0.05)
+    worker = Worker(engine)
+    generation = ask(engine)
+    await generation.aclose()
+    await asyncio.sleep(0.1)
+    assert worker.aborted == worker.added
+    engine.check()
+
+
+@engine_test
+async def test_health_follows_the_steps() -> None:
+    engine = make_engine(stall_timeout=0.05)
+    assert engine.healthy
+    worker = Worker(engine)
+    generation = ask(engine)
+    assert engine.healthy
+    await asyncio.sleep(0.1)
+    assert not engine.healthy
+    worker.says(*worker.added)
+    assert engine.healthy
+    await generation.aclose()
+    await asyncio.sleep(0.1)
+    assert engine.healthy  # nothing waits
+
+
+@engine_test
+async def test_the_killer_fails_and_the_others_are_sent_again_one_by_one() -> None:
+    engine = make_engine()
+    worker = Worker(engine)
+    generations = [ask(engine) for _ in range(3)]
+    for _ in range(2):  # together
+        assert len(worker.added) == 3
+        engine.worker_lost(0)
+        worker = Worker(engine)
+    (killer,) = worker.added  # alone
+    late = ask(engine)
+    assert worker.added == [killer]  # newcomers wait, out of harm's way
+    engine.worker_lost(0)
+    worker = Worker(engine)
+    (second,) = worker.added
+    worker.says(second)
+    assert len(worker.added) == 2
+    worker.says(worker.added[1])
+    assert len(worker.added) == 3  # nobody is suspected any more
+    await fails_with(generations[2], WorkerKilled)
+    for generation in (*generations[:2], late):
+        await generation.aclose()
+    engine.check()
+
+
+@engine_test
+async def test_a_suspect_that_leaves_makes_way() -> None:
+    engine = make_engine()
+    worker = Worker(engine)
+    generations = [ask(engine) for _ in range(2)]
+    for _ in range(2):
+        engine.worker_lost(0)
+        worker = Worker(engine)
+    await generations[1].aclose()
+    assert worker.added == [2, 1]
+    await generations[0].aclose()
+    engine.check()
+
+
+@engine_test
+async def test_retry_after_is_what_the_queue_takes_at_the_speed_measured() -> None:
+    engine = make_engine(queued=2)
+    Worker(engine)
+    for _ in range(2):
+        ask(engine)
+    with pytest.raises(Overloaded) as refused:
+        ask(engine)
+    assert refused.value.retry_after == 4.0  # four tokens wait, and nothing was computed yet: one a second

@@ -1,0 +1,89 @@
+"""The worker process by itself, over its socket."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from model.sampling_params import SamplingParams
+from server.worker.messages import Add, FromWorker, Ready, Refused, Shutdown, Start, Step, ToWorker
+
+
+@pytest.fixture
+def worker(tiny: Path) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "server.worker", str(theirs.fileno())]
+    process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
+    theirs.close()
+    ours.settimeout(120)
+    start = Start(
+        model=str(tiny),
+        device="cpu",
+        dtype="float32",
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        target_itl=None,
+        block_size=16,
+        kv_cache_bytes=1 << 20,
+        prefix_caching=True,
+        kernels="auto",
+        threads=1,
+    )
+    with ours:
+        tell(ours, start)
+        assert isinstance(hear(ours), Ready)
+        yield ours, process
+    assert process.wait(60) == 0
+
+
+def tell(sock: socket.socket, *messages: ToWorker) -> None:
+    frames = [msgspec.msgpack.encode(message) for message in messages]
+    sock.sendall(b"".join(struct.pack("<I", len(frame)) + frame for frame in frames))
+
+
+def hear(sock: socket.socket) -> FromWorker:
+    (length,) = struct.unpack("<I", sock.recv(4, socket.MSG_WAITALL))
+    message: FromWorker = msgspec.msgpack.decode(sock.recv(length, socket.MSG_WAITALL), type=FromWorker)
+    return message
+
+
+def test_a_sequence_that_can_never_run_is_refused_and_the_others_go_on(
+    worker: tuple[socket.socket, subprocess.Popen[bytes]],
+) -> None:
+    sock, process = worker
+    params = SamplingParams(seed=1, max_tokens=3, ignore_eos=True)
+    tell(sock, Add(1, [5, 6], params), Add(2, [5] * 64, params), Add(3, [], params), Add(4, [7, 8], params))
+    outputs: dict[int, int] = {}
+    refused = []
+    while len(outputs) < 2 or min(outputs.values()) < 3:
+        message = hear(sock)
+        if isinstance(message, Refused):
+            refused.append(message.id)
+        else:
+            assert isinstance(message, Step)
+            for said in message.outputs:
+                outputs[said.id] = outputs.get(said.id, 0) + (said.token is not None)
+    assert refused == [2, 3]
+    assert outputs == {1: 3, 4: 3}
+    assert message.received == 5  # Start and four Adds
+    for number in (signal.SIGINT, signal.SIGTERM):  # to end is for the api process to say
+        os.kill(process.pid, number)
+    tell(sock, Add(5, [9], params))
+    assert isinstance(hear(sock), Step)
+    tell(sock, Shutdown())
+
+
+def test_it_ends_when_nobody_is_at_the_other_end(worker: tuple[socket.socket, subprocess.Popen[bytes]]) -> None:
+    sock, process = worker
+    sock.close()
+    assert process.wait(60) == 0

@@ -98,7 +98,6 @@ class Settings(BaseSettings):
     threads: int | None = _flag(
         "engine", "threads of a worker; default: its share of the cores this process may use", None, ge=1
     )
-
     stall_timeout: float = _flag(
         "engine", "seconds a worker that has work may make no step before it is replaced", 30, ge=1, le=3600
     )

@@ -45,7 +45,7 @@ class Worker:
 
     def says(self, *ids: int) -> None:
         """A token for each of these."""
-        stats = Stats(len(ids), 0, 0, 64, 0, 0, 0, 0, 0, 0.0, len(ids))
+        stats = Stats(len(ids), 0, 0, 0, 64, 0, 0, 0, 0, 0, [])
         self.engine.worker_step(self.number, Step([SequenceOutput(id_, token=65) for id_ in ids], stats, 0))
 
 

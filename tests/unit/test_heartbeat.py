@@ -9,7 +9,7 @@ from server.worker.messages import Ready, Stats, Step
 
 
 def step(*, running: int = 0, waiting: int = 0, received: int = 0) -> Step:
-    return Step([], Stats(running, waiting, 0, 8, 0, 0, 0, 0, 0, 0.0, 0), received)
+    return Step([], Stats(running, waiting, 0, 0, 8, 0, 0, 0, 0, 0, []), received)
 
 
 def looks(heartbeat: Heartbeat, sent: int, count: int = 3) -> list[int]:

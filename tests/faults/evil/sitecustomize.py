@@ -16,9 +16,9 @@ if "server.worker" in getattr(sys, "orig_argv", ()) and "EVIL" in os.environ:
 
     what, when = os.environ["EVIL"].split(":")
     key, value = when.split("=")
-    run, steps = Runner.run, 0
+    launch, steps = Runner.launch, 0
 
-    def evil_run(self: Runner, plan: Any) -> Any:
+    def evil_launch(self: Runner, plan: Any) -> Any:
         global steps  # noqa: PLW0603
         steps += 1
         for new in plan.added:
@@ -30,10 +30,10 @@ if "server.worker" in getattr(sys, "orig_argv", ()) and "EVIL" in os.environ:
         ]
         if (key == "step" and steps == int(value)) or (key == "token" and int(value) in computed):
             misbehave()
-        result = run(self, plan)
-        for sample in result.sampled:
+        pending = launch(self, plan)
+        for sample in pending.result().sampled:
             new_tokens[sample.id].append(sample.token)
-        return result
+        return pending
 
     def misbehave() -> None:
         if what == "hang":
@@ -43,4 +43,4 @@ if "server.worker" in getattr(sys, "orig_argv", ()) and "EVIL" in os.environ:
         raise RuntimeError("evil")
 
     new_tokens: dict[int, list[int]] = {}
-    Runner.run = evil_run  # type: ignore[method-assign]
+    Runner.launch = evil_launch  # type: ignore[method-assign]

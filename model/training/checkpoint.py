@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,23 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, read_config
 from model.training.network import Network
+from model.weights import read_weights
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes beside `path`, syncs, renames: a reader finds the old file or the new one, even after a power cut."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk gets its room back
+        raise
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -49,14 +55,24 @@ def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return state
 
 
-def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
-    """What `config.json` says of a tied GPT-2 in fp16."""
+def load_network(directory: Path) -> Network:
+    """A checkpoint for training or measuring, in fp32. Raises ConfigError or WeightsError."""
+    config = read_config(directory)
+    network = Network(config)
+    weights = read_weights(directory, config)
+    named = {name if name == "lm_head.weight" else f"transformer.{name}": weight for name, weight in weights.items()}
+    network.load_state_dict(named)
+    return network.float()
+
+
+def hugging_face_config(config: ModelConfig, dtype: torch.dtype = torch.float16) -> dict[str, Any]:
+    """What `config.json` says of a GPT-2."""
     return {
         "activation_function": config.activation.value,
         "architectures": ["GPT2LMHeadModel"],
         "attn_pdrop": 0.0,
         "bos_token_id": config.eos_token_id,
-        "dtype": "float16",
+        "dtype": str(dtype).removeprefix("torch."),
         "embd_pdrop": 0.0,
         "eos_token_id": config.eos_token_id,
         "initializer_range": 0.02,
@@ -71,15 +87,20 @@ def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
         "resid_pdrop": 0.0,
         "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
         "scale_attn_weights": config.scale_attn_weights,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "vocab_size": config.vocab_size,
     }
 
 
-def export(network: Network, directory: Path) -> None:
-    """Writes `config.json` and fp16 `model.safetensors`, as `GPT2LMHeadModel.save_pretrained` would."""
+def export(network: Network, directory: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Writes `config.json` and `model.safetensors`, as `GPT2LMHeadModel.save_pretrained` would."""
+    export_weights(network.state_dict(), network.config, directory, dtype)
+
+
+def export_weights(weights: Mapping[str, Tensor], config: ModelConfig, directory: Path, dtype: torch.dtype) -> None:
+    """weights: by their Hugging Face names."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in network.state_dict().items()}
-    write_atomically(directory / "model.safetensors", save(weights, metadata={"format": "pt"}))
-    config = json.dumps(hugging_face_config(network.config), indent=2) + "\n"
-    write_atomically(directory / "config.json", config.encode())
+    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    write_atomically(directory / "model.safetensors", save(stored, metadata={"format": "pt"}))
+    text = json.dumps(hugging_face_config(config, dtype), indent=2) + "\n"
+    write_atomically(directory / "config.json", text.encode())

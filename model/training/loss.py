@@ -27,8 +27,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tokens = hidden.shape[0]
         columns = weight.to(dtype)
         inputs = hidden.to(dtype)
-        grad_hidden = torch.empty_like(inputs)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        learns_hidden, learns_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(inputs) if learns_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learns_weight else None
         total = torch.zeros((), dtype=torch.float32, device=weight.device)
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, tokens, chunk):
@@ -39,13 +40,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             wanted = targets[rows].unsqueeze(1)
             normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
             total += (normaliser - logits.gather(1, wanted)).sum()
-            if not any(ctx.needs_input_grad):
+            if grad_hidden is None and grad_weight is None:
                 continue
             logits.sub_(normaliser).exp_()
             logits.scatter_add_(1, wanted, torch.full_like(normaliser, -1.0))
             grad = logits.to(dtype)
-            grad_hidden[rows] = grad @ columns
-            grad_weight += grad.t() @ inputs[rows]
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ columns
+            if grad_weight is not None:
+                grad_weight += grad.t() @ inputs[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.tokens = tokens
         ctx.hidden_dtype = hidden.dtype
@@ -55,7 +58,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = outputs[0] / ctx.tokens
-        return grad_hidden.to(ctx.hidden_dtype) * scale, grad_weight * scale, None, None, None
+        to_hidden = None if grad_hidden is None else grad_hidden.to(ctx.hidden_dtype) * scale
+        return to_hidden, None if grad_weight is None else grad_weight * scale, None, None, None
 
 
 def linear_cross_entropy(

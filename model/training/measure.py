@@ -16,20 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.config import read_config
 from model.tokenizer import Tokenizer, read_tokenizer
+from model.training.checkpoint import load_network
 from model.training.data import read_documents
 from model.training.loss import linear_cross_entropy
 from model.training.network import Network
-from model.weights import read_weights
-
-
-def load_network(directory: Path) -> Network:
-    """A checkpoint for training or measuring. Raises ConfigError or WeightsError."""
-    config = read_config(directory)
-    network = Network(config)
-    network.transformer.load_state_dict(read_weights(directory, config))
-    return network.float()
 
 
 @torch.no_grad()

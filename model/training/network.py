@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import Activation, ModelConfig
+from model.training.packing import Packed
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
@@ -22,6 +25,13 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.RELU: F.relu,
     Activation.SILU: F.silu,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What happened inside, for whoever compares two networks."""
+
+    scores: list[Tensor] = field(default_factory=list)  # (rows, heads, length, length) before mask and softmax
 
 
 class Conv1D(nn.Module):
@@ -44,11 +54,13 @@ class Attention(nn.Module):
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, trace: Trace | None = None) -> Tensor:
         rows, length, width = x.shape
         qkv = self.c_attn(x).view(rows, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (rows, heads, length, head_dim)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        if trace is not None:
+            trace.scores.append(q @ k.mT * self.scale)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
         out: Tensor = self.c_proj(mixed.transpose(1, 2).reshape(rows, length, width))
         return out
 
@@ -73,8 +85,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None, trace: Trace | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, trace)
         out: Tensor = x + self.mlp(self.ln_2(x))
         return out
 
@@ -86,22 +98,30 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.recompute = False  # compute a block again for its gradients: less memory, a third more time
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, trace: Trace | None = None
+    ) -> Tensor:
         x = self.wte(tokens) + self.wpe(positions)
         for block in self.h:
-            x = block(x)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, trace, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, mask, trace)
         out: Tensor = self.ln_f(x)
         return out
 
 
 class Network(nn.Module):
-    """GPT-2 up to its last layer norm; the head is the token embedding, and the losses apply it."""
+    """GPT-2 up to its last layer norm; the head is the token embedding unless untied, and the losses apply it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
         """Hidden states `(rows, length, width)` of `tokens` `(rows, length)`.
@@ -117,8 +137,14 @@ class Network(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The output embedding, `(vocabulary, width)`: the input embedding itself."""
-        return self.transformer.wte.weight
+        """The output embedding, `(vocabulary, width)`: the input embedding itself, if the two are tied."""
+        return self.transformer.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def packed(self, batch: Packed, trace: Trace | None = None) -> Tensor:
+        """Hidden states `(targets, width)` where the next token is learnt."""
+        hidden = self.transformer(batch.tokens, batch.positions, batch.mask(), trace)
+        chosen: Tensor = hidden.flatten(0, 1)[batch.predicts]
+        return chosen
 
     def initialise(self, generator: torch.Generator) -> None:
         """GPT-2's own scheme: N(0, 0.02), projections into the residual stream smaller by sqrt(2 × layers)."""
@@ -133,3 +159,13 @@ class Network(nn.Module):
                     parameter.normal_(0.0, 0.02, generator=generator)
                 else:
                     parameter.fill_(1.0)
+
+    def initialise_xavier(self, generator: torch.Generator) -> None:
+        """Glorot and Bengio (2010): matrices uniform, so that the variance of what flows stays that of what came."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.dim() == 2:
+                    bound = math.sqrt(6 / sum(parameter.shape))
+                    parameter.uniform_(-bound, bound, generator=generator)
+                else:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -68,14 +68,23 @@ class Muon:
 
 
 class Adam:
-    """torch's AdamW without decay, under the names of its parameters."""
+    """torch's AdamW, under the names of its parameters. Matrices decay, if any do; biases and norms never."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], rate: float) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        rate: float,
+        *,
+        betas: tuple[float, float] = ADAM_BETAS,
+        epsilon: float = 1e-10,
+        decay: float = 0.0,
+    ) -> None:
         self._parameters = dict(parameters)
         self._rate = rate
-        self._adam = torch.optim.AdamW(
-            list(self._parameters.values()), lr=rate, betas=ADAM_BETAS, eps=1e-10, weight_decay=0.0, fused=True
-        )
+        matrices = [parameter for parameter in self._parameters.values() if parameter.dim() == 2]
+        others = [parameter for parameter in self._parameters.values() if parameter.dim() != 2]
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+        self._adam = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)
         for parameter in self._parameters.values():  # torch would make these at the first step; a resume needs them now
             self._adam.state[parameter] = {
                 "step": torch.zeros(()),
@@ -84,7 +93,8 @@ class Adam:
             }
 
     def step(self, scale: float) -> None:
-        self._adam.param_groups[0]["lr"] = self._rate * scale
+        for group in self._adam.param_groups:
+            group["lr"] = self._rate * scale
         self._adam.step()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -15,9 +15,10 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from model.tokenizer import read_tokenizer
+from model.training.checkpoint import load_network
 from model.training.curve import draw
 from model.training.log import Log, Row
-from model.training.measure import last_words, load_network, main, mean_loss, spread_loss
+from model.training.measure import last_words, main, mean_loss, spread_loss
 
 Make = Callable[..., tuple[Path, GPT2LMHeadModel]]
 VOCAB = Path(__file__).parents[2] / "model" / "default"

@@ -1,0 +1,195 @@
+"""From a job to what is trained: the network, what of it learns, its data, its numbers. Trains nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from model.adapter_config import AdapterConfig, sites_of
+from model.chat_template import compile_template
+from model.config import ModelConfig, read_config
+from model.errors import ConfigError
+from model.loading import choose_device
+from model.tokenizer import read_tokenizer
+from model.training.checkpoint import export_weights, load_network
+from model.training.dataset import read_examples
+from model.training.distill import Distiller, check_pair, make_student
+from model.training.job import Job, Shape
+from model.training.lora import add_lora, export_lora, load_lora, merge_lora, merged_weights
+from model.training.network import Network
+from model.training.tuner import Objective, Recipe, Tuner, cross_entropy
+
+RATES = {"full": 5e-5, "lora": 3e-4, "output_layer": 2e-4}  # at GPT-2's width; narrower networks bear more
+FROM_SCRATCH_RATE = 6e-4
+DISTILLATION_RATE = 2.5e-4
+GPT2_WIDTH = 768
+TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    tuner: Tuner
+    examples: int
+    valid_examples: int
+    target_tokens: int  # in one epoch
+    validate_every: int  # steps
+    learning: int  # parameters
+    kind: str  # of what is written: "model" or "adapter"
+    write: Callable[[Path], None]  # the result as it is now, into a directory
+
+
+def prepare(job: Job) -> Prepared:
+    """Raises ModelError: the job, its data, a model or an adapter cannot be used."""
+    device = choose_device(job.device)
+    base = _base(job)
+    config = read_config(base)
+    tokenizer = read_tokenizer(base, config.vocab_size, config.eos_token_id)
+    torch.manual_seed(job.hyperparameters.seed)
+    network, adapter = _network(job, config)
+    template = None if job.chat_template is None else compile_template(job.chat_template, tokenizer.eos_token)
+    context = network.config.n_positions
+    examples = read_examples(Path(job.train), tokenizer, context, template)
+    valid = [] if job.valid is None else read_examples(Path(job.valid), tokenizer, context, template)
+    recipe = _recipe(job, network.config, len(examples), device)
+    network.transformer.recompute = job.recompute
+    tuner = Tuner(network, _objective(job, network.config, device), examples, valid, recipe, device)
+    return Prepared(
+        tuner=tuner,
+        examples=len(examples),
+        valid_examples=len(valid),
+        target_tokens=sum(example.targets for example in examples),
+        validate_every=job.hyperparameters.validate_every or tuner.steps_per_epoch,
+        learning=sum(each.numel() for each in network.parameters() if each.requires_grad),
+        kind="model" if adapter is None or job.lora.merge else "adapter",
+        write=_writer(job, base, network, adapter),
+    )
+
+
+def _base(job: Job) -> Path:
+    """The model that gives the vocabulary, and where it is not random the weights."""
+    base = job.model if job.model is not None else job.distillation.teacher if job.distillation else None
+    assert base is not None
+    return Path(base)
+
+
+def _network(job: Job, config: ModelConfig) -> tuple[Network, AdapterConfig | None]:
+    """In fp32, its learning parameters asking for gradients; and the adapter's description, where one is learnt."""
+    generator = torch.Generator().manual_seed(job.hyperparameters.seed)
+    if job.init is not None:
+        network = Network(_shaped(config, job.shape))
+        (network.initialise if job.init == "gpt2" else network.initialise_xavier)(generator)
+    elif job.model is None:
+        assert job.distillation is not None
+        network = make_student(load_network(Path(job.distillation.teacher)), job.distillation.layers)
+    else:
+        network = load_network(Path(job.model))
+    if job.trainable == "lora":
+        return network, _add_adapter(job, network, generator)
+    if job.adapter is not None:
+        load_lora(network, Path(job.adapter))
+        merge_lora(network)
+        network.requires_grad_(True)
+    if job.trainable == "output_layer":
+        network = _untied(network)
+    if job.distillation is not None and job.distillation.embeddings == "freeze":
+        network.transformer.wte.requires_grad_(False)
+        network.transformer.wpe.requires_grad_(False)
+    return network, None
+
+
+def _add_adapter(job: Job, network: Network, generator: torch.Generator) -> AdapterConfig:
+    name = job.base_name or Path(job.model or "").name
+    if job.adapter is not None:
+        return replace(load_lora(network, Path(job.adapter)), base=name)
+    config = AdapterConfig(rank=job.lora.rank, alpha=job.lora.alpha, targets=sites_of(job.lora.targets), base=name)
+    add_lora(network, config, generator)
+    return config
+
+
+def _untied(network: Network) -> Network:
+    """The same function, of which the head alone learns."""
+    free = Network(replace(network.config, tie_word_embeddings=False))
+    free.transformer = network.transformer
+    free.requires_grad_(False)
+    free.lm_head.weight = torch.nn.Parameter(network.head.detach().clone())
+    return free
+
+
+def _shaped(config: ModelConfig, shape: Shape) -> ModelConfig:
+    """Raises ConfigError."""
+    width, heads = shape.n_embd or config.n_embd, shape.n_head or config.n_head
+    if width % heads:
+        raise ConfigError(f"shape: n_embd {width} is not a multiple of n_head {heads}")
+    return replace(
+        config,
+        n_layer=shape.n_layer or config.n_layer,
+        n_head=heads,
+        n_embd=width,
+        n_inner=4 * width if shape.n_embd else config.n_inner,
+        n_positions=shape.n_positions or config.n_positions,
+    )
+
+
+def _objective(job: Job, config: ModelConfig, device: torch.device) -> Objective:
+    """Raises JobError where the teacher cannot teach a student of this shape."""
+    if job.distillation is None:
+        return cross_entropy
+    teacher = load_network(Path(job.distillation.teacher)).to(device)
+    check_pair(teacher.config, config, job.distillation)
+    return Distiller(teacher, job.distillation)
+
+
+def _recipe(job: Job, config: ModelConfig, examples: int, device: torch.device) -> Recipe:
+    given = job.hyperparameters
+    size = given.batch_size or min(32, max(1, examples // 32))
+    steps = given.epochs * -(-examples // size)
+    if given.max_steps is not None:
+        steps = min(steps, given.max_steps)
+    return Recipe(
+        steps=steps,
+        batch_size=size,
+        rate=(given.learning_rate or _rate(job, config)) * given.learning_rate_multiplier,
+        warm_up=round(given.warm_up * steps),
+        rate_floor=given.rate_floor,
+        weight_decay=given.weight_decay,
+        clip=given.clip,
+        patience=given.early_stop,
+        seed=given.seed,
+        micro_batch_tokens=job.micro_batch_tokens,
+        half_precision=_half_precision(job.precision, device),
+    )
+
+
+def _rate(job: Job, config: ModelConfig) -> float:
+    rate = RATES[job.trainable] if job.distillation is None else DISTILLATION_RATE
+    if job.init is not None:
+        rate = FROM_SCRATCH_RATE
+    return rate * GPT2_WIDTH / config.n_embd
+
+
+def _half_precision(precision: str, device: torch.device) -> bool:
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bfloat16"
+
+
+def _writer(job: Job, base: Path, network: Network, adapter: AdapterConfig | None) -> Callable[[Path], None]:
+    dtype: torch.dtype = getattr(torch, job.dtype)
+
+    def write(directory: Path) -> None:
+        if adapter is not None and not job.lora.merge:
+            export_lora(network, adapter, directory)
+            return
+        export_weights(merged_weights(network), network.config, directory, dtype)
+        for name in TOKENIZER_FILES:
+            if (base / name).is_file():
+                shutil.copyfile(base / name, directory / name)
+
+    return write

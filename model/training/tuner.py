@@ -1,0 +1,205 @@
+"""Fine-tuning: steps of AdamW over seeded epochs of examples, until they are over or validation stops falling.
+
+A step is a function of the weights, the optimiser's moments and the step's number, and a saved state holds all of them,
+so a run that was killed and resumed ends with the weights of one that was not. Knows nothing of files of text, of what
+the loss is, or of who watches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.errors import JobError, TrainingError
+from model.training.checkpoint import load_state, save_state
+from model.training.dataset import Example
+from model.training.loss import linear_cross_entropy
+from model.training.network import Network
+from model.training.optimiser import Adam
+from model.training.packing import Packed, pack
+
+STATE = "state.safetensors"
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+KEPT = ("step", "tokens", "loss", "valid_loss", "best", "waited")  # of a tuner, beside its tensors
+
+
+class Objective(Protocol):
+    """What a step lowers: a mean over the targets of a batch, in nats where it is a cross entropy."""
+
+    def __call__(self, network: Network, batch: Packed, dtype: torch.dtype) -> Tensor: ...
+
+
+def cross_entropy(network: Network, batch: Packed, dtype: torch.dtype) -> Tensor:
+    """With the text itself."""
+    return linear_cross_entropy(network.packed(batch), network.head, batch.targets, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The numbers of a run, none of them left to choose."""
+
+    steps: int
+    batch_size: int
+    rate: float
+    warm_up: int = 0  # steps
+    rate_floor: float = 0.0
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    patience: int | None = None  # validations without a better loss; None: to the end
+    seed: int = 1
+    micro_batch_tokens: int = 4096
+    half_precision: bool = False  # matrix products in bfloat16; weights, sums and norms stay in fp32
+
+    def scale(self, step: int) -> float:
+        """What the learning rate is multiplied with: a line up, then a cosine down."""
+        if step < self.warm_up:
+            return (step + 1) / self.warm_up
+        way = (step - self.warm_up) / max(self.steps - self.warm_up, 1)
+        return self.rate_floor + (1 - self.rate_floor) * 0.5 * (1 + math.cos(math.pi * way))
+
+
+class Tuner:
+    """One network, of which those parameters learn that ask for gradients."""
+
+    def __init__(
+        self,
+        network: Network,
+        objective: Objective,
+        examples: Sequence[Example],
+        valid: Sequence[Example],
+        recipe: Recipe,
+        device: torch.device,
+    ) -> None:
+        self.network = network.to(device)
+        self.recipe = recipe
+        self.step = 0
+        self.tokens = 0  # targets learnt from
+        self.loss: float | None = None  # of the last step, before it
+        self.valid_loss: float | None = None  # measured last
+        self.best: float | None = None  # the lowest measured
+        self.waited = 0  # validations since
+        self._objective = objective
+        self._examples = examples
+        self._valid = valid
+        self._device = device
+        self._learning = {name: each for name, each in network.named_parameters() if each.requires_grad}
+        self._adam = Adam(self._learning.items(), recipe.rate, betas=BETAS, epsilon=EPSILON, decay=recipe.weight_decay)
+        keeps = recipe.patience is not None
+        self._best = {name: each.detach().clone() for name, each in self._learning.items()} if keeps else {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self._examples) // self.recipe.batch_size)
+
+    @property
+    def finished(self) -> bool:
+        patience = self.recipe.patience
+        return self.step >= self.recipe.steps or (patience is not None and self.waited >= patience)
+
+    def train_step(self, stopping: Callable[[], bool] = lambda: False) -> float | None:
+        """One batch, one update; returns the loss before it. None, and nothing done, if `stopping` says so midway.
+
+        Raises TrainingError where the loss is no number.
+        """
+        chosen = self._batch()
+        targets = sum(example.targets for example in chosen)
+        total = 0.0
+        for batch in pack(chosen, self.recipe.micro_batch_tokens):
+            if stopping():
+                self.network.zero_grad(set_to_none=True)
+                return None
+            share = len(batch.targets) / targets
+            loss = self._loss(batch) * share
+            loss.backward()
+            total += float(loss.detach())
+        self._update(total)
+        self.tokens += targets
+        self.loss = total
+        return total
+
+    def _batch(self) -> list[Example]:
+        epoch, step = divmod(self.step, self.steps_per_epoch)
+        order = np.random.default_rng((self.recipe.seed, epoch)).permutation(len(self._examples))
+        size = self.recipe.batch_size
+        return [self._examples[i] for i in order[step * size : (step + 1) * size]]
+
+    def _loss(self, batch: Packed) -> Tensor:
+        with self._autocast():
+            return self._objective(self.network, batch.to(self._device), self._dtype)
+
+    def _update(self, loss: float) -> None:
+        norm = nn.utils.clip_grad_norm_(self._learning.values(), self.recipe.clip)
+        if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
+            raise TrainingError(f"the loss of step {self.step + 1} is no finite number; a lower learning rate may help")
+        self._adam.step(self.recipe.scale(self.step))
+        self.network.zero_grad(set_to_none=True)
+        self.step += 1
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.recipe.half_precision else torch.float32
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.recipe.half_precision)
+
+    # === Validation ===
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean cross entropy of the validation examples, in nats a token; remembers the weights where it is lowest."""
+        total = 0.0
+        for batch in pack(self._valid, self.recipe.micro_batch_tokens):
+            with self._autocast():
+                loss = cross_entropy(self.network, batch.to(self._device), self._dtype)
+            total += float(loss) * len(batch.targets)
+        mean = total / sum(example.targets for example in self._valid)
+        if not math.isfinite(mean):
+            raise TrainingError(f"the validation loss after step {self.step} is no finite number")
+        self._remember(mean)
+        self.valid_loss = mean
+        return mean
+
+    def _remember(self, loss: float) -> None:
+        if self.best is not None and loss >= self.best:
+            self.waited += 1
+            return
+        self.best, self.waited = loss, 0
+        for name, kept in self._best.items():
+            kept.copy_(self._learning[name])
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """With early stopping, the weights of the lowest validation loss are the result."""
+        if self.best is not None:
+            for name, kept in self._best.items():
+                self._learning[name].copy_(kept)
+
+    # === State ===
+
+    def save(self, out: Path, fingerprint: str) -> None:
+        state = {"job": fingerprint, **{name: getattr(self, name) for name in KEPT}}
+        save_state(out / STATE, self._tensors(), state)
+
+    def resume(self, out: Path, fingerprint: str) -> None:
+        """Raises JobError where the state is of another job or damaged."""
+        try:
+            state = load_state(out / STATE, self._tensors())
+        except (ValueError, OSError, KeyError) as error:
+            raise JobError(f"cannot resume: {error}") from None
+        if state["job"] != fingerprint:
+            raise JobError("cannot resume: the directory holds the state of another job")
+        for name in KEPT:
+            setattr(self, name, state[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        weights = {f"weight.{name}": tensor for name, tensor in self._learning.items()}
+        best = {f"best.{name}": tensor for name, tensor in self._best.items()}
+        return {**weights, **best, **dict(self._adam.tensors())}

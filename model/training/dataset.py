@@ -155,9 +155,10 @@ def _tokens(pieces: list[Piece], tokenizer: Tokenizer) -> Example:
     learnt: list[bool] = []
     for text, learn in pieces:
         try:
-            ids = tokenizer.encode(text)
+            text.encode()  # tiktoken would put U+FFFD for what is no text
         except UnicodeEncodeError:
             raise _BadLineError("it holds half of a surrogate pair, which is no text") from None
+        ids = tokenizer.encode(text)
         if not tokens and (learn or not ids):
             tokens, learnt = [tokenizer.eos_token_id], [False]
         tokens += ids

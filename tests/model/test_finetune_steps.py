@@ -26,6 +26,7 @@ from model.training.tuner import Recipe, Tuner, cross_entropy
 Make = Callable[..., tuple[Path, GPT2LMHeadModel]]
 RECIPE = Recipe(steps=4, batch_size=5, rate=1e-3, warm_up=1, micro_batch_tokens=48)
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +129,9 @@ def test_a_step_of_lora_is_pefts(
 ) -> None:
     directory, base = make_checkpoint()
     network = load_network(directory)
-    config = AdapterConfig(rank=4, alpha=6.0, targets=sites_of(targets), rank_stabilised=stabilised, base="base")
+    config = AdapterConfig(
+        rank=4, alpha=6.0, targets=sites_of(targets), rank_stabilised=stabilised, base=str(directory)
+    )
     add_lora(network, config, torch.Generator().manual_seed(3))
     ours = tuner(network)
     export_lora(network, config, tmp_path / "begun")

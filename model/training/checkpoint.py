@@ -27,9 +27,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)  # a full disk gets its room back
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # not every one names its file
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ def test_every_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
         7: ({"prompt": "a", "completions": "b"}, "unknown key 'completions'"),
         8: ({"prompt": "a", "completion": ""}, "'completion' is empty"),
         9: ({"prompt": 1, "completion": "b"}, "'prompt' is not a string"),
-        10: ({"prompt": "a " * 50, "completion": "b"}, "52 tokens; the model's context is 32"),
+        10: ({"prompt": "a " * 50, "completion": "b"}, "53 tokens; the model's context is 32"),
         11: ({"messages": [{"role": "user", "content": "a"}]}, "need a chat template"),
         12: (b'{"text": "\\ud800"}', "surrogate"),
         13: (b"[" * 100_000, "not JSON"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -10,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from model.training.finetune import main
 from model.training.job import Job, parse_job
 from server.checkpoint import EMBEDDED
 
@@ -45,16 +49,24 @@ def base(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 def run(job: dict[str, Any], where: Path) -> tuple[int, list[dict[str, Any]]]:
     path = where / "job.json"
     path.write_text(json.dumps(job))
-    result = subprocess.run([*COMMAND, str(path)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert result.stderr == ""
-    return result.returncode, [json.loads(line) for line in result.stdout.splitlines()]
+    before = torch.get_num_threads(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    said, complained = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(complained):
+            status = main([str(path)])
+    finally:
+        torch.set_num_threads(before[0])
+        signal.signal(signal.SIGTERM, before[1])
+        signal.signal(signal.SIGINT, before[2])
+    assert complained.getvalue() == ""
+    return status, [json.loads(line) for line in said.getvalue().splitlines()]
 
 
-def job(base: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def job(base: Path, data: Path, into: Path, **changes: Any) -> dict[str, Any]:
     given = {
         "train": str(data),
         "valid": str(data),
-        "out": str(out),
+        "out": str(into),
         "model": str(base),
         "threads": 1,
         "hyperparameters": {"epochs": 3, "batch_size": 5, "learning_rate": 0.01, **changes.pop("hyperparameters", {})},
@@ -102,8 +114,15 @@ def kill_at_random(command: list[str], moment: random.Random, number: int, steps
     return process.wait(60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize(("trainable", "patience"), [("full", None), ("lora", 2)])
+@pytest.mark.parametrize(
+    ("number", "trainable", "patience"),
+    [
+        (signal.SIGKILL, "full", None),
+        pytest.param(signal.SIGKILL, "lora", 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "full", 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "lora", None, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_job_resumes_to_the_same_weights(
     base: Path, data: Path, tmp_path: Path, number: int, trainable: str, patience: int | None
 ) -> None:
@@ -115,7 +134,7 @@ def test_a_killed_job_resumes_to_the_same_weights(
     path = tmp_path / "parted.json"
     path.write_text(json.dumps(parted))
     moment = random.Random(number)
-    for _ in range(3):
+    for _ in range(2):
         status = kill_at_random([*COMMAND, str(path)], moment, number, 6)
         assert status in ((-9, 0) if number == signal.SIGKILL else (75, 0))
     status, events = run(parted, tmp_path)

@@ -68,6 +68,7 @@ def create_app(
     sleeper: Sleeper | None = None,
     keys: Keyring | None = None,
     open_paths: Set[str] = frozenset(),
+    max_headers: int = 100,
     cors_origins: Sequence[str] = (),
     playground: bool = False,
 ) -> FastAPI:
@@ -109,5 +110,5 @@ def create_app(
             allow_headers=["*"],
             expose_headers=list(EXPOSED_HEADERS),
         )
-    app.add_middleware(AnswerMiddleware, on_answer=on_answer)
+    app.add_middleware(AnswerMiddleware, on_answer=on_answer, max_headers=max_headers)
     return app

@@ -38,7 +38,7 @@ from server.engine.observer import Observer
 from server.engine.quota import TokenBuckets
 from server.engine.supervisor import Supervisor
 from server.errors import Draining, EngineError, SettingsError
-from server.http import BACKLOG, HTTPServer, http_server
+from server.http import BACKLOG, Edges, HTTPServer, http_server
 from server.metrics import Metrics
 from server.settings import Settings
 from server.worker.messages import Ready, Start
@@ -153,9 +153,7 @@ def build(settings: Settings) -> Service:
     keys = backend.keys
     return Service(
         backend=backend,
-        http=http_server(
-            backend.app, head_timeout=settings.head_timeout, keep_alive_timeout=settings.keep_alive_timeout
-        ),
+        http=http_server(backend.app, _edges(settings)),
         listener=_listen(settings.host, settings.port),
         shutdown_timeout=settings.shutdown_timeout,
         reload=None if keys is None or settings.api_key_file is None else partial(_reload, settings, keys),
@@ -198,6 +196,7 @@ def assemble(settings: Settings) -> Backend:
         chat_template=_chat_template(settings, tokenizer),
         sleeper=engine,
         keys=keys,
+        max_headers=settings.max_headers,
         open_paths=frozenset(settings.open_paths),
         cors_origins=settings.allowed_origins,
         playground=settings.playground,
@@ -270,6 +269,16 @@ def _limits(settings: Settings, max_model_len: int, vocab_size: int) -> Limits:
         max_logprobs=settings.max_logprobs,
         max_body_bytes=settings.max_body_bytes,
         body_timeout=settings.body_timeout,
+    )
+
+
+def _edges(settings: Settings) -> Edges:
+    return Edges(
+        head_timeout=settings.head_timeout,
+        keep_alive_timeout=settings.keep_alive_timeout,
+        write_timeout=settings.write_timeout,
+        max_head_bytes=settings.max_head_bytes,
+        max_connections=settings.max_connections,
     )
 
 

@@ -66,6 +66,8 @@ class Settings(BaseSettings):
     head_timeout: float = _rare("seconds a request's head may take to arrive", 10, gt=0, le=600)
     body_timeout: float = _rare("seconds a request's body may take to arrive", 30, gt=0, le=3600)
     keep_alive_timeout: float = _rare("seconds an idle connection is kept", 15, gt=0, le=3600)
+    write_timeout: float = _rare("seconds a client may take to read a part of its answer", 60, gt=0, le=3600)
+    max_connections: int = _rare("connections at once; beyond it the one that has been idle longest goes", 12000, ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = _flag("server", "how much to log", "info")
 
     # Engine
@@ -127,6 +129,8 @@ class Settings(BaseSettings):
     max_sequences: int = _rare("largest prompts x max(n, best_of) of one request", 128, ge=1)
     max_stop_strings: int = _rare("stop strings in one request", 16, ge=1, le=256)
     max_stop_length: int = _rare("characters in one stop string", 256, ge=1)
+    max_head_bytes: int = _rare("bytes in the head of a request", 32 << 10, ge=1024, le=1 << 20)
+    max_headers: int = _rare("headers of a request", 100, ge=8)
     max_body_bytes: int = _rare("bytes in one request body", 1 << 20, ge=1024)
 
     @model_validator(mode="after")

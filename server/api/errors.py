@@ -59,7 +59,7 @@ def error_response(error: ServerError) -> Response:
     headers: dict[str, str] = {}
     if isinstance(error, TryLater):
         headers["retry-after"] = str(min(max(math.ceil(error.retry_after), 1), 60))
-    if isinstance(error, Draining | BodyTooLarge | BodyTimeout):
+    if isinstance(error, Draining | BodyTimeout):  # not where a body is too large: while it is read on, we are heard
         headers["connection"] = "close"
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"

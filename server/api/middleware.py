@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.body import ClientGone
 from server.api.errors import INTERNAL, error_response
+from server.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +36,9 @@ def request_id_of(scope: Scope) -> str:
 class AnswerMiddleware:
     """The outermost of ours."""
 
-    def __init__(self, app: ASGIApp, on_answer: AnswerHook) -> None:
+    def __init__(self, app: ASGIApp, on_answer: AnswerHook, max_headers: int) -> None:
         self._app = app
+        self._max_headers = max_headers
         self._on_answer = on_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,7 +67,7 @@ class AnswerMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_marked)
+            await (self._refusal(scope) or self._app)(scope, receive, send_marked)
         except ClientGone:
             pass
         except Exception:
@@ -74,6 +77,19 @@ class AnswerMiddleware:
             await error_response(INTERNAL)(scope, receive, send_marked)
         finally:
             self._on_answer(_route(scope), status or 499)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        """Of a head that nobody should act upon."""
+        headers = scope["headers"]
+        if len(headers) > self._max_headers:
+            error = InvalidRequest(f"The request has too many headers: this server takes {self._max_headers}.")
+        elif {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+            error = InvalidRequest("The request states the length of its body twice.")  # a proxy may believe the other
+        else:
+            return None
+        response = error_response(error)
+        response.headers["connection"] = "close"
+        return response
 
 
 def _request_id(scope: Scope) -> str:

@@ -7,13 +7,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 import anyio
 from sse_starlette.event import ServerSentEvent
-from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
+from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
-log = logging.getLogger(__name__)
-
 PING_SECONDS = 15  # proxies cut a stream that is silent for much longer
-WRITE_SECONDS = 60.0  # a client that reads nothing for so long has gone
 EXOTIC_LINE_ENDS = [(c.encode(), f"\\u{ord(c):04x}".encode()) for c in "\x85\u2028\u2029"]
 DONE = b"data: [DONE]\n\n"
 
@@ -35,7 +32,7 @@ def _ping() -> ServerSentEvent:
 
 
 class EventStream(EventSourceResponse):
-    """Sends events; whatever ends it, `close` has been awaited."""
+    """Sends events; whatever ends it, `close` has been awaited. That its client reads them is server/http.py's care."""
 
     def __init__(
         self, events: AsyncIterator[bytes], headers: Mapping[str, str], close: Callable[[], Awaitable[None]]
@@ -46,15 +43,12 @@ class EventStream(EventSourceResponse):
             ping=PING_SECONDS,
             sep="\n",
             ping_message_factory=_ping,
-            send_timeout=WRITE_SECONDS,
         )
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            log.info("a client stopped reading its stream")
         finally:
             with anyio.CancelScope(shield=True):
                 await self._close()

@@ -24,6 +24,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from model.errors import GrammarError
 from model.grammar import Vocabulary
 from model.tokenizer import read_tokenizer
+from server import logs
 from server.engine.grammars import READY, GrammarKind, GrammarSource, Verdict
 
 CPU_SECONDS = 0.3  # a worker will spend as much on it, once
@@ -130,6 +131,7 @@ def _read(pipe: int, deadline: float) -> bytes:
 
 
 def main() -> None:
+    logs.configure("info")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the api process says when to end, by closing the pipe
     directory, vocab_size, eos_token_id = sys.argv[1:]
     vocabulary = Vocabulary(read_tokenizer(Path(directory), int(vocab_size), int(eos_token_id)))

@@ -15,6 +15,7 @@ import time
 
 from model.errors import ModelError
 from model.gpu import cuda
+from server import logs
 from server.worker.budget import PREFILL_LEAST, BudgetController
 from server.worker.channel import WorkerChannel
 from server.worker.messages import (
@@ -195,6 +196,7 @@ def main() -> int:
     # Ctrl-C reaches the whole process group; when to stop is for the api process to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logs.configure("info")
     return serve(WorkerChannel(socket.socket(fileno=int(sys.argv[1]))))
 
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Programs that tests drive and pip cannot bring. A test whose program is missing skips and says so.
 missing=""
-for tool in chromium curl; do
+for tool in chromium curl prometheus haproxy; do
     command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
 done
 [ -z "$missing" ] && exit 0

@@ -23,16 +23,17 @@ RUN pip install --requirement requirements.txt
 COPY setup.py README.md LICENSE ./
 COPY model/ model/
 COPY server/ server/
-RUN pip install --no-deps . && python -c "import model.kernels._kernels"
-# Headers are of no use without a compiler, nor is pip where nothing can be written.
-RUN rm -rf /opt/gpt2-server/lib/python3.11/site-packages/torch/include && pip uninstall --yes pip
+RUN pip install --no-deps . && python -P -c "import model.kernels._kernels"
+# Headers and tests of PyTorch serve nobody here, nor does pip where nothing can be written.
+RUN cd /opt/gpt2-server/lib/python3.11/site-packages/torch && rm -rf include test bin/*test* bin/protoc* \
+    && pip uninstall --yes pip
 
 FROM build AS build-cuda
 RUN pip install --requirement requirements.txt
 COPY setup.py README.md LICENSE ./
 COPY model/ model/
 COPY server/ server/
-RUN pip install --no-deps . && python -c "import model.kernels._kernels"
+RUN pip install --no-deps . && python -P -c "import model.kernels._kernels"
 RUN pip uninstall --yes pip
 
 FROM ${BASE} AS runtime

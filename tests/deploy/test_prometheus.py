@@ -23,8 +23,7 @@ from serving import RunningServer, serving
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None or shutil.which("promtool") is None, reason="prometheus is not installed"
 )
-FLAGS = ("--threads", "1", "--workers", "2", "--max-num-seqs", "2", "--max-num-queued-reqs", "1")
-FLAGS = (*FLAGS, "--speculative-method", "ngram")
+FLAGS = ["--threads=1", "--workers=2", "--max-num-seqs=2", "--max-num-queued-reqs=1", "--speculative-method=ngram"]
 CALLERS = 8
 VARIABLES = {"$job": ".*", "$model_name": ".*", "$instance": ".*", "$__rate_interval": "1m"}
 # A stream of one token after another, all alike: guesses come true.

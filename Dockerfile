@@ -23,7 +23,7 @@ RUN pip install --requirement requirements.txt
 COPY setup.py README.md LICENSE ./
 COPY model/ model/
 COPY server/ server/
-RUN pip install --no-deps . && python -P -c "import model.kernels._kernels"
+RUN pip install --no-deps . && ls /opt/gpt2-server/lib/python3.11/site-packages/model/kernels/_kernels*.so
 # Headers and tests of PyTorch serve nobody here, nor does pip where nothing can be written.
 RUN cd /opt/gpt2-server/lib/python3.11/site-packages/torch && rm -rf include test bin/*test* bin/protoc* \
     && pip uninstall --yes pip
@@ -33,7 +33,7 @@ RUN pip install --requirement requirements.txt
 COPY setup.py README.md LICENSE ./
 COPY model/ model/
 COPY server/ server/
-RUN pip install --no-deps . && python -P -c "import model.kernels._kernels"
+RUN pip install --no-deps . && ls /opt/gpt2-server/lib/python3.11/site-packages/model/kernels/_kernels*.so
 RUN pip uninstall --yes pip
 
 FROM ${BASE} AS runtime

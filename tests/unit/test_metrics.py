@@ -1,0 +1,230 @@
+"""The metrics' identities at any moment: the engine is told things in any order, and a naive count agrees."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY
+
+from model.sampling_params import SamplingParams
+from model.tokenizer import Tokenizer
+from server.engine.admission import Admission
+from server.engine.candidate import Candidate
+from server.engine.engine import Engine
+from server.engine.generation import RunningGeneration
+from server.engine.observer import Observer
+from server.engine.request import GenerationRequest, Prompt
+from server.errors import Overloaded
+from server.metrics import PROCESS, Metrics
+from server.worker.messages import FinishReason, Ready, Refused, SequenceOutput, Stats, Step, ToWorker, Work
+
+TOKENIZER = Tokenizer({bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}, "<|endoftext|>", 257)
+WORKERS = 2
+QUEUED = 3
+
+
+class Channel:
+    """A worker that listens and says nothing by itself."""
+
+    def send(self, message: ToWorker) -> None:
+        pass
+
+
+@dataclass
+class World:
+    """The engine, and all that ever was in it."""
+
+    metrics: Metrics = field(default_factory=lambda: Metrics("m", "0", WORKERS))
+    open: list[RunningGeneration] = field(default_factory=list)
+    closed: list[RunningGeneration] = field(default_factory=list)
+    ended: Counter[str] = field(default_factory=Counter)  # candidates, by reason
+    failed: set[int] = field(default_factory=set)  # candidates that ended without a finish
+    started: set[int] = field(default_factory=set)
+    phases: Counter[str] = field(default_factory=Counter)
+    up: set[int] = field(default_factory=set)
+    refused: int = 0
+
+    def __post_init__(self) -> None:
+        observer = Observer(self.metrics)
+        admission = Admission(QUEUED, 1 << 16)
+        self.engine = Engine(TOKENIZER, admission, observer, workers=WORKERS, request_timeout=60, stall_timeout=60)
+        for worker in range(WORKERS):
+            self.join(worker)
+
+    def join(self, worker: int) -> None:
+        if worker not in self.up:
+            self.up.add(worker)
+            self.engine.worker_ready(worker, Ready("scripted", 16, 64, 0.1), Channel())  # type: ignore[arg-type]
+
+    def ask(self, n: int, best_of: int, prompts: int, max_tokens: int) -> None:
+        params = SamplingParams(seed=1, max_tokens=max_tokens, ignore_eos=True)
+        texts = [Prompt([1] * (place + 1), "") for place in range(prompts)]
+        best_of = max(n, best_of)
+        try:
+            self.open.append(
+                self.engine.submit(
+                    GenerationRequest(id="cmpl-x", prompts=texts, params=params, n=n, best_of=best_of, key_name=f"k{n}")
+                )
+            )
+        except Overloaded:
+            self.refused += 1
+
+    @property
+    def everyone(self) -> list[Candidate]:
+        return [candidate for generation in (*self.open, *self.closed) for candidate in generation.candidates]
+
+    @property
+    def alive(self) -> list[Candidate]:
+        """They can still be computed."""
+        candidates = [candidate for generation in self.open for candidate in generation.candidates]
+        return [each for each in candidates if each.finish is None and each.id not in self.failed]
+
+    def step(self, worker: int, picks: list[int], ends: bool, tokens: int) -> None:
+        """A worker says a few tokens, or none, of some it computes; what they are of that is no more is passed over."""
+        mine = [each for each in self.alive if each.worker == worker]
+        if worker not in self.up:
+            return
+        chosen = list({each.id: each for pick in picks if mine for each in [mine[pick % len(mine)]]}.values())
+        outputs = [SequenceOutput(10**6, token=65)]  # of a request that has left since
+        for each in chosen:
+            self.started.add(each.id)
+            outputs += [SequenceOutput(each.id, token=65) for _ in range(tokens)]
+            if ends:
+                outputs.append(SequenceOutput(each.id, finish=FinishReason.LENGTH))
+                self.ended["length"] += 1
+        work = Work(
+            sequences=len(chosen), tokens=9, admitted=[each.id for each in chosen], schedule=0.1, run=1, update=0.1
+        )
+        self.engine.worker_step(worker, Step(outputs, Stats(1, 0, 1, 0, 64, 0, 0, 0, 0, 0, [1]), 0, work))
+
+    def leave(self, pick: int) -> None:
+        if self.open:
+            generation = self.open.pop(pick % len(self.open))
+            for each in generation.candidates:
+                if each.finish is None and each.id not in self.failed:
+                    self.ended["abort"] += 1
+                    phase = "waiting" if each.id not in self.started else "decode" if each.tokens else "prefill"
+                    self.phases[phase] += 1
+            self.closed.append(generation)
+            asyncio.get_running_loop().create_task(generation.aclose())
+
+    def refuse(self, pick: int) -> None:
+        """A worker has no room for one of a call's samples: the whole call fails."""
+        running = [each for each in self.alive if each.worker is not None]
+        if running:
+            one = running[pick % len(running)]
+            (generation,) = (generation for generation in self.open if one in generation.candidates)
+            for each in generation.candidates:
+                if each.finish is None and each.id not in self.failed:
+                    self.failed.add(each.id)
+                    self.ended["error"] += 1
+            assert one.worker is not None
+            self.engine.worker_refused(one.worker, Refused(one.id))
+
+    def lose(self, worker: int) -> None:
+        if worker in self.up:
+            self.up.discard(worker)
+            self.engine.worker_lost(worker)
+
+    def check(self) -> None:
+        got = samples(self.metrics)
+        reasons = {reason: got[f"gpt2_request_success_total finished_reason={reason}"] for reason in REASONS}
+        assert reasons == {reason: self.ended[reason] for reason in REASONS}
+        assert got["gpt2_requests_total"] == len(self.everyone)
+        assert got["gpt2_requests_total"] == sum(reasons.values()) + got["gpt2_requests_in_flight"]
+        assert got["gpt2_requests_rejected_total reason=overloaded"] == self.refused
+        assert got["gpt2_e2e_request_latency_seconds_count"] == sum(reasons.values())
+        phases = {phase: got[f"gpt2_request_aborts_total phase={phase}"] for phase in ("waiting", "prefill", "decode")}
+        assert phases == {phase: self.phases[phase] for phase in phases}
+        assert sum(phases.values()) == reasons["abort"]
+        with_token = [each for each in self.everyone if each.tokens]
+        assert got["gpt2_time_to_first_token_seconds_count"] == len(with_token)
+        tokens = sum(len(each.tokens) for each in self.everyone)
+        assert got["gpt2_generation_tokens_total"] == tokens
+        assert tokens == len(with_token) + got["gpt2_inter_token_latency_seconds_count"]
+        used = sum(each.usage.completion_tokens for each in self.closed)
+        told = sum(value for name, value in got.items() if name.startswith("gpt2_key_tokens") and "generation" in name)
+        assert told == used
+        first_outputs = [each for each in self.everyone if each.tokens or each.finish is not None]
+        assert got["gpt2_prompt_tokens_total"] == sum(len(each.prompt.token_ids) for each in first_outputs)
+        up = sum(got[f"gpt2_engine_up engine={worker}"] for worker in range(WORKERS))
+        assert up == len(self.up)
+
+
+REASONS = ("stop", "length", "abort", "error")
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    """By name and labels, without the model's name and without buckets."""
+    found = {}
+    for family in metrics.registry.collect():
+        for sample in family.samples:
+            labels = [f"{name}={value}" for name, value in sample.labels.items() if name != "model_name"]
+            if "le" not in sample.labels:
+                found[" ".join([sample.name, *labels])] = sample.value
+    return found
+
+
+SMALL = st.integers(0, 3)
+EVENTS = st.one_of(
+    st.tuples(st.just("ask"), st.integers(1, 2), st.integers(1, 3), st.integers(1, 2), st.integers(1, 9)),
+    st.tuples(st.just("step"), st.integers(0, 1), st.lists(SMALL, max_size=3), st.booleans(), st.integers(0, 3)),
+    st.tuples(st.just("leave"), SMALL),
+    st.tuples(st.just("refuse"), SMALL),
+    st.tuples(st.just("lose"), st.integers(0, 1)),
+    st.tuples(st.just("join"), st.integers(0, 1)),
+)
+
+
+@settings(max_examples=150)
+@given(st.lists(EVENTS, max_size=40))
+def test_the_identities_hold_at_every_moment(events: list[tuple[Any, ...]]) -> None:
+    async def live() -> None:
+        world = World()
+        for name, *arguments in events:
+            getattr(world, name)(*arguments)
+            await asyncio.sleep(0)
+            world.check()
+        while world.open:
+            world.leave(0)
+            await asyncio.sleep(0)
+        world.check()
+        assert samples(world.metrics)["gpt2_requests_in_flight"] == 0
+        world.engine.check()
+
+    asyncio.run(live())
+
+
+def test_all_that_is_known_at_the_start_is_there_at_the_start() -> None:
+    """A rate misses the first event of a series that begins with it."""
+    got = samples(Metrics("m", "0", WORKERS))
+    for name in (
+        "gpt2_worker_restarts_total engine=1",
+        "gpt2_requests_rejected_total reason=overloaded",
+        "gpt2_request_success_total finished_reason=error",
+        "gpt2_engine_step_part_seconds_total engine=0 part=run",
+        "gpt2_kv_blocks engine=0 state=cached",
+    ):
+        assert got[name] == 0
+    assert got.keys() >= {*PROCESS}
+
+
+def test_the_table_is_what_is_scraped() -> None:
+    metrics = Metrics("m", "0", WORKERS)
+    families = {family.name: family for family in metrics.registry.collect() if family.name.startswith("gpt2_")}
+    assert {row.name.removesuffix("_total") for row in metrics.table} == families.keys()
+    for row in metrics.table:
+        assert families[row.name.removesuffix("_total")].type == row.kind
+        assert families[row.name.removesuffix("_total")].documentation == row.text
+
+
+def test_two_servers_share_nothing() -> None:
+    one, other = Metrics("m", "0"), Metrics("m", "0")
+    one.requests.inc()
+    assert samples(other)["gpt2_requests_total"] == 0
+    assert not [family for family in REGISTRY.collect() if family.name.startswith("gpt2_")]

@@ -24,7 +24,8 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
-disable_created_metrics()  # one more series for each that we have, and no dashboard asks when a counter was made
+# One more series for each that we have, and no dashboard asks when a counter was made.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 PREFIX = "gpt2"
 LATENCY = (

@@ -9,6 +9,8 @@ import torch
 from model.config import read_config
 from model.errors import DeviceError
 from model.gpt2 import GPT2
+from model.gpu import cuda
+from model.gpu import ops as gpu
 from model.kernels import KernelOps, KernelsUnavailableError, Storage, load
 from model.ops import Ops, TorchOps
 from model.weights import read_weights
@@ -18,18 +20,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def choose_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N`. Raises DeviceError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    if name == "cpu" or (name == "auto" and not cuda.available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise DeviceError(f"device {name} was asked for, but PyTorch {torch.__version__} finds no CUDA device")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except RuntimeError as error:
-        raise DeviceError(f"device {name} cannot be used") from error
-    return device
+    return cuda.open_device("cuda" if name == "auto" else name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -37,22 +30,34 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
     On a CPU float16 is how weights are kept; arithmetic stays fp32.
     """
+    if device.type == "cpu":
+        if name == "bfloat16":
+            raise DeviceError("dtype bfloat16 runs on a GPU; a CPU serves float32 and float16")
+        return torch.float32 if name == "auto" else DTYPES[name]
+    if name == "bfloat16" and not cuda.has_bfloat16():
+        raise DeviceError(f"{cuda.describe(device)} has no bfloat16; float16 and float32 run there")
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu" and name == "bfloat16":
-        raise DeviceError("dtype bfloat16 runs on a GPU; a CPU serves float32 and float16")
+        return torch.bfloat16 if cuda.has_bfloat16() else torch.float16
     return DTYPES[name]
 
 
-def choose_ops(device: torch.device, dtype: torch.dtype, kernels: str, quantization: str | None = None) -> Ops:
-    """The C kernels on a CPU where they were built (`auto`, or a level by name); PyTorch elsewhere, and for `off`.
+def choose_ops(
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: str,
+    quantization: str | None = None,
+    *,
+    deterministic: bool = False,
+) -> Ops:
+    """On a CPU the C kernels where they were built (`auto`, or a level by name), else and for `off` PyTorch.
 
+    deterministic: rows do not feel their neighbours on a GPU either; on a CPU they never do.
     Raises DeviceError for a level that this machine cannot run, and for weights that PyTorch does not keep that way.
     """
     if device.type != "cpu":
         if quantization is not None:
             raise DeviceError(f"quantization {quantization} runs on a CPU")
-        return TorchOps(device, dtype)
+        return gpu.choose_ops(device, dtype, deterministic=deterministic)
     storage = Storage.FP16 if dtype == torch.float16 else Storage.FP32
     storage = storage if quantization is None else Storage[quantization.upper()]
     if kernels == "off":
@@ -86,9 +91,14 @@ def load_model(
     dtype: torch.dtype,
     kernels: str = "auto",
     quantization: str | None = None,
+    *,
+    deterministic: bool = False,
 ) -> tuple[GPT2, Ops]:
     """Raises ConfigError, WeightsError or DeviceError."""
     config = read_config(directory)
-    ops = choose_ops(device, dtype, kernels, quantization)
-    with torch.inference_mode():
-        return GPT2(config, read_weights(directory, config), ops), ops
+    ops = choose_ops(device, dtype, kernels, quantization, deterministic=deterministic)
+    try:
+        with torch.inference_mode():
+            return GPT2(config, read_weights(directory, config), ops), ops
+    except cuda.OutOfMemoryError as error:
+        raise DeviceError(f"{cuda.describe(device)} has too little free memory for the weights") from error

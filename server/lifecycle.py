@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 LAG_PERIOD = 0.25  # seconds between looks at how late the event loop is
 POLL = 0.02  # seconds between looks at whether a worker is ready, or a drain is done
+KV_CACHE_GIB = 2.0  # where nothing else is asked for, and there is no GPU to fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +319,9 @@ def _start(settings: Settings, checkpoint: Checkpoint, config: ModelConfig, max_
         max_num_batched_tokens=settings.max_num_batched_tokens,
         target_itl=settings.target_itl,
         block_size=settings.block_size,
-        kv_cache_bytes=int(settings.kv_cache_gib * (1 << 30)) // settings.workers,
+        kv_cache_bytes=int((settings.kv_cache_gib or KV_CACHE_GIB) * (1 << 30)) // settings.workers,
+        gpu_utilization=settings.gpu_memory_utilization if settings.kv_cache_gib is None else None,
+        deterministic=settings.deterministic,
         prefix_caching=settings.enable_prefix_caching,
         kernels=settings.kernels,
         threads=settings.threads or max(cores // settings.workers, 1),

@@ -89,9 +89,19 @@ class Settings(BaseSettings):
         gt=0,
     )
     block_size: int = _flag("engine", "tokens in one block of the KV cache", 16, ge=8, le=256)
-    kv_cache_gib: float = _flag("engine", "upper bound of the KV cache, in GiB, of all workers together", 2.0, gt=0)
+    kv_cache_gib: float | None = _flag(
+        "engine",
+        "upper bound of the KV cache, in GiB, of all workers together; "
+        "default: 2, and on a GPU what --gpu-memory-utilization leaves",
+        None,
+        gt=0,
+    )
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
         "engine", "number format of the KV cache; auto is the weights', and float16 beside int8", "auto"
+    )
+    gpu_memory_utilization: float = _flag("engine", "share of a GPU's memory that may be in use", 0.9, gt=0, le=1)
+    deterministic: bool = _flag(
+        "engine", "on a GPU, give the same bytes whatever else is in the batch; a CPU always does", False
     )
     enable_prefix_caching: bool = _flag("engine", "share the KV cache of equal prompt beginnings", True)
     kernels: Literal["auto", "off", "portable", "avx2", "avx512", "vnni"] = _flag(

@@ -29,6 +29,8 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     target_itl: float | None  # seconds; None for a fixed budget of max_num_batched_tokens
     block_size: int
     kv_cache_bytes: int  # an upper bound; the pool never holds more than max_num_seqs full contexts
+    gpu_utilization: float | None  # on a GPU, size the pool so that this share of its memory is used; None: as above
+    deterministic: bool
     prefix_caching: bool
     kernels: str
     threads: int

@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 
 from model.config import read_config
+from model.errors import DeviceError
 from model.gpt2 import GPT2
+from model.gpu import cuda
+from model.gpu.runner import GraphRunner
 from model.grammar import Grammars, Vocabulary
 from model.kernels import KernelOps
 from model.kv_cache import KVCache
@@ -46,16 +49,21 @@ def load_networks(start: Start) -> Networks:
     device = choose_device(start.device)
     dtype = choose_dtype(start.dtype, device)
     formats = device, dtype, start.kernels, start.quantization
-    network, ops = load_model(Path(start.model), *formats)
-    draft = load_model(Path(start.draft_model), *formats)[0] if start.draft_model else None
+    network, ops = load_model(Path(start.model), *formats, deterministic=start.deterministic)
+    draft: GPT2 | None = None
+    if start.draft_model:
+        draft, _ = load_model(Path(start.draft_model), *formats, deterministic=start.deterministic)
     if isinstance(ops, KernelOps):  # they have threads of their own, with which PyTorch's would fight for the cores
         torch.set_num_threads(1)
     return Networks(device, choose_kv_dtype(start.kv_cache_dtype, ops), network, draft, f"{device}, {ops.describe()}")
 
 
 def count_blocks(start: Start, networks: Networks) -> int:
+    """Raises DeviceError where a GPU has no room for one context."""
+    on_gpu = networks.device.type == "cuda" and start.gpu_utilization is not None
+    allowed = cuda.pool_bytes(networks.device, start.gpu_utilization or 1.0) if on_gpu else start.kv_cache_bytes
     return pool_size(
-        kv_cache_bytes=start.kv_cache_bytes,
+        kv_cache_bytes=max(allowed, 0),
         bytes_per_token=sum(each.config.kv_bytes_per_token(networks.kv_dtype.itemsize) for each in networks.all),
         block_size=start.block_size,
         max_num_seqs=start.max_num_seqs,
@@ -63,24 +71,44 @@ def count_blocks(start: Start, networks: Networks) -> int:
     )
 
 
-def make_runner(start: Start, networks: Networks, num_blocks: int) -> Runner:
-    """With KV pools of its own, all zeros."""
+def make_runner(start: Start, networks: Networks, num_blocks: int) -> Runner | GraphRunner:
+    """With KV pools of its own, all zeros. Raises DeviceError where a GPU has no room for them."""
+    try:
+        return _make_runner(start, networks, num_blocks)
+    except cuda.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{cuda.describe(networks.device)} has too little free memory for a KV cache of {num_blocks} blocks; "
+            "a lower --gpu-memory-utilization or --kv-cache-gib asks for less"
+        ) from error
 
-    def make_cache(network: GPT2) -> KVCache:
-        return KVCache(network.config, num_blocks, start.block_size, networks.kv_dtype, networks.device)
+
+def _make_runner(start: Start, networks: Networks, num_blocks: int) -> Runner | GraphRunner:
+    graphs = networks.device.type == "cuda" and not start.drafts  # guesses are verified by the plain runner
+
+    def make_cache(network: GPT2) -> KVCache:  # with graphs, one block more: where rows that pad a batch write
+        return KVCache(network.config, num_blocks + graphs, start.block_size, networks.kv_dtype, networks.device)
 
     drafter: Drafter | None = None
     if start.drafts:
         draft = networks.draft
         drafter = PromptLookup() if draft is None else DraftModel(draft, make_cache(draft), networks.device)
-    return Runner(
-        networks.network,
-        make_cache(networks.network),
-        networks.device,
-        start.max_model_len,
-        drafter=drafter,
-        grammars=Grammars(lambda: _vocabulary(Path(start.model))),
+    network, cache = networks.network, make_cache(networks.network)
+    grammars = Grammars(lambda: _vocabulary(Path(start.model)))
+    plain = Runner(network, cache, networks.device, start.max_model_len, drafter=drafter, grammars=grammars)
+    if not graphs:
+        return plain
+    runner = GraphRunner(
+        plain,
+        network,
+        cache,
+        cuda.Cuda(networks.device),
+        max_rows=start.max_num_batched_tokens,
+        max_seqs=start.max_num_seqs,
+        max_blocks=-(-start.max_model_len // start.block_size),
+        scratch_block=num_blocks,
     )
+    runner.capture(lambda done, of: None)
+    return runner
 
 
 def make_scheduler(

@@ -73,7 +73,14 @@ def create_app(
     playground: bool = False,
 ) -> FastAPI:
     """keys: None leaves the server open to all. open_paths: what needs no key beside what never does."""
-    app = FastAPI(title="gpt2-server", version=version, docs_url=None, redoc_url=None, responses=ERRORS)
+    app = FastAPI(
+        title="gpt2-server",
+        version=version,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # to where a Host header says
+        responses=ERRORS,
+    )
     texts, running = TokenTexts(tokenizer), set[str]()
     service = CompletionService(
         engine=engine,

@@ -12,6 +12,7 @@ from torch import Tensor
 from model.logits import adjust
 from model.picking import pick
 from model.sampling_row import SamplingRow
+from model.scores import score
 from model.step import TokenLogprobs
 
 
@@ -23,23 +24,12 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> tuple[list[int], list[Tok
     if scored:
         tops = [rows[i].params.logprobs or 0 for i in scored]
         picked = torch.tensor([tokens[i] for i in scored], device=logits.device)
-        for i, score in zip(scored, token_logprobs(logits[scored], picked, tops), strict=True):
-            scores[i] = score
+        for i, found in zip(scored, token_logprobs(logits[scored], picked, tops), strict=True):
+            scores[i] = found
     return tokens, scores
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, tops: list[int]) -> list[TokenLogprobs]:
     """Raw log-softmax of each row's token and of its `tops[i]` most likely ones. logits: (rows, vocab)."""
-    scores = torch.log_softmax(logits, dim=-1)
-    chosen = scores.gather(1, tokens[:, None])  # (rows, 1)
-    own = chosen[:, 0].tolist()
-    ranks = (1 + (scores > chosen).sum(-1)).tolist()
-    most = max(tops)
-    if most == 0:
-        return [TokenLogprobs(value, [], rank) for value, rank in zip(own, ranks, strict=True)]
-    values, ids = scores.topk(most, dim=-1)  # falling order
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return [
-        TokenLogprobs(value, list(zip(row_ids[:top], row_values[:top], strict=True)), rank)
-        for value, rank, top, (row_ids, row_values) in zip(own, ranks, tops, pairs, strict=True)
-    ]
+    scored = score(logits, tokens, tops).rows()
+    return [each for each in scored if each is not None]

@@ -21,10 +21,10 @@ from model.gpu.accelerator import Accelerator
 from model.gpu.inputs import Layout, StepInputs
 from model.gpu.ladder import Ladder
 from model.gpu.sampling import Draw, Sampler, on_device
-from model.gpu.scores import Scores, score
 from model.kv_cache import KVCache
 from model.row import Row, Span
 from model.runner import Runner
+from model.scores import Scores, score
 from model.step import Done, Pending, SampledToken, ScheduledChunk, StepPlan, StepResult
 
 CAPTURE_SECONDS = 30.0  # rungs that are not recorded by then do without: their steps take the next larger one

@@ -132,6 +132,7 @@ def test_steps_launched_ahead_say_what_steps_taken_in_turn_say(
             assert (mine.logprobs is None) == (other.logprobs is None)
             if mine.logprobs is not None and other.logprobs is not None:
                 assert mine.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-4)
+                assert mine.logprobs.rank == other.logprobs.rank
                 assert [i for i, _ in mine.logprobs.top] == [i for i, _ in other.logprobs.top]
 
 

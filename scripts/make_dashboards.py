@@ -161,10 +161,9 @@ REQUESTS = [
     Panel(title="Calls / s, by key", shows={"{{key}}": rate("key_requests", "key")}, unit="reqps"),
     Panel(title="Tokens / s, by key", shows={"{{key}}, {{kind}}": rate("key_tokens", "key", "kind")}),
     Panel(
-        title="Prompt tokens not computed",
-        shows={"cached": share(rate("prompt_tokens_cached"), rate("prompt_tokens"))},
-        unit="percentunit",
-        most=1,
+        title="Prompt tokens / s, by where they came from",
+        shows={"{{source}}": rate("prompt_tokens_by_source", "source")},
+        stacked=True,
     ),
 ]
 
@@ -179,7 +178,10 @@ WORKERS = [
         text="Of an idle worker it grows; of one that has work it must not",
     ),
     Panel(title="Requests running", shows={WORKER: gauge("num_requests_running", *BY_WORKER)}),
-    Panel(title="Requests waiting", shows={WORKER: gauge("num_requests_waiting", *BY_WORKER)}),
+    Panel(
+        title="Requests waiting",
+        shows={WORKER + " {{reason}}": gauge("num_requests_waiting_by_reason", *BY_WORKER, "reason")},
+    ),
     Panel(
         title="KV cache in use",
         shows={WORKER: gauge("kv_cache_usage_perc", *BY_WORKER)},

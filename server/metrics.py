@@ -73,6 +73,16 @@ class TokenKind(Enum):
     GENERATION = "generation"
 
 
+class WaitingFor(Enum):
+    CAPACITY = "capacity"  # a place in the batch, or KV blocks
+    DEFERRED = "deferred"  # vLLM knows requests that something else holds back; here there are none
+
+
+class Source(Enum):
+    LOCAL_COMPUTE = "local_compute"
+    LOCAL_CACHE_HIT = "local_cache_hit"
+
+
 class BlockState(Enum):
     USED = "used"  # some sequence holds it
     CACHED = "cached"  # nobody does, but its tokens can still be found
@@ -128,6 +138,9 @@ class Metrics:
         gauge, counter, engines = self._gauges, self._counters, {"engine": self._engines}
         self.running = gauge("num_requests_running", "Requests being computed", engines)
         self.waiting = gauge("num_requests_waiting", "Requests waiting for a place", engines)
+        self.waiting_for = gauge(
+            "num_requests_waiting_by_reason", "What they wait for", {**engines, "reason": _values(WaitingFor)}
+        )
         self.kv_usage = gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", engines)
         self.kv_blocks = gauge(
             "kv_blocks",
@@ -176,7 +189,9 @@ class Metrics:
 
     def _declare_tokens(self) -> None:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that got their first output")
-        self.prompt_tokens_cached = self._counter("prompt_tokens_cached", "Those found in the prefix cache")
+        self.prompt_tokens_by_source = self._counters(
+            "prompt_tokens_by_source", "Where they came from", {"source": _values(Source)}
+        )
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
         self.key_tokens = self._counters("key_tokens", "Usage told to calls that ended, by key", ("key", "kind"))
         self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a request", TOKENS)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from server.engine.candidate import Candidate
 from server.engine.request import GenerationRequest, Usage
 from server.errors import Draining, RateLimited, TryLater
-from server.metrics import BlockState, Finished, Metrics, Part, Phase, Rejection, TokenKind
+from server.metrics import BlockState, Finished, Metrics, Part, Phase, Rejection, Source, TokenKind, WaitingFor
 from server.worker.messages import FinishReason, Ready, Stats, Work
 
 RATE_WINDOW = 10.0  # seconds
@@ -114,7 +114,9 @@ class Observer:
 
     def _prompt_done(self, candidate: Candidate) -> None:
         self._metrics.prompt_tokens.inc(len(candidate.prompt.token_ids))
-        self._metrics.prompt_tokens_cached.inc(candidate.cached_tokens)
+        computed = len(candidate.prompt.token_ids) - candidate.cached_tokens
+        self._metrics.prompt_tokens_by_source(Source.LOCAL_COMPUTE.value).inc(computed)
+        self._metrics.prompt_tokens_by_source(Source.LOCAL_CACHE_HIT.value).inc(candidate.cached_tokens)
 
     def _end(self, candidate: Candidate, reason: Finished, now: float) -> None:
         metrics, life = self._metrics, self._lives.pop(candidate.id)
@@ -180,6 +182,7 @@ class Observer:
         metrics = self._metrics
         metrics.running(engine).set(stats.running)
         metrics.waiting(engine).set(stats.waiting)
+        metrics.waiting_for(engine, WaitingFor.CAPACITY.value).set(stats.waiting)
         metrics.kv_usage(engine).set(stats.used_blocks / max(stats.num_blocks, 1))
         metrics.kv_blocks(engine, BlockState.USED.value).set(stats.used_blocks)
         metrics.kv_blocks(engine, BlockState.CACHED.value).set(stats.cached_blocks)

@@ -40,3 +40,11 @@ def test_the_tables_of_commands_and_settings_are_those_of_the_program() -> None:
         [sys.executable, "scripts/document_cli.py", "--print"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert made.stdout == page.read_text("utf-8")
+
+
+def test_the_tables_of_metrics_and_alerts_are_those_of_the_code() -> None:
+    """If this fails: python scripts/document_metrics.py"""
+    page = ROOT / "docs" / "observability.md"
+    command = [sys.executable, "scripts/document_metrics.py", "--print"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert made.stdout == page.read_text("utf-8")

@@ -152,6 +152,8 @@ class World:
         assert told == used
         first_outputs = [each for each in self.everyone if each.tokens or each.finish is not None]
         assert got["gpt2_prompt_tokens_total"] == sum(len(each.prompt.token_ids) for each in first_outputs)
+        sources = [value for name, value in got.items() if name.startswith("gpt2_prompt_tokens_by_source")]
+        assert sum(sources) == got["gpt2_prompt_tokens_total"]
         up = sum(got[f"gpt2_engine_up engine={worker}"] for worker in range(WORKERS))
         assert up == len(self.up)
 
@@ -221,6 +223,28 @@ def test_the_table_is_what_is_scraped() -> None:
     for row in metrics.table:
         assert families[row.name.removesuffix("_total")].type == row.kind
         assert families[row.name.removesuffix("_total")].documentation == row.text
+
+
+VLLM_OVERVIEW = """
+    num_requests_running num_requests_waiting_by_reason kv_cache_usage_perc num_preemptions_total request_success_total
+    prompt_tokens_total prompt_tokens_by_source_total generation_tokens_total prefix_cache_hits_total
+    prefix_cache_queries_total time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds
+    request_time_per_output_token_seconds request_queue_time_seconds request_prefill_time_seconds
+    request_decode_time_seconds request_inference_time_seconds request_prompt_tokens request_generation_tokens
+"""
+VLLM_OTHERS = """
+    num_requests_waiting request_max_num_generation_tokens request_params_n request_params_max_tokens cache_config_info
+    spec_decode_num_drafts_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
+    spec_decode_num_accepted_tokens_per_pos_total
+"""
+NOT_OURS = """iteration_tokens_total external_prefix_cache_hits_total mm_cache_hits_total lora_requests_info"""
+
+
+def test_vllm_s_dashboards_find_what_they_ask_for() -> None:
+    """The names that its dashboards (of November 2026) query, after `s/vllm:/gpt2_/`; see docs/observability.md."""
+    ours = {row.name for row in Metrics("m", "0").table}
+    assert {f"gpt2_{name}" for name in (VLLM_OVERVIEW + VLLM_OTHERS).split()} <= ours
+    assert not {f"gpt2_{name}" for name in NOT_OURS.split()} & ours
 
 
 def test_two_servers_share_nothing() -> None:

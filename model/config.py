@@ -76,7 +76,23 @@ class ModelConfig:
 
 def read_config(directory: Path) -> ModelConfig:
     """Raises ConfigError: no file, no JSON, another architecture, or a shape that cannot be."""
-    return parse_config(read_json(directory / "config.json"))
+    raw = read_json(directory / "config.json")
+    if (directory / "vocab.txt").is_file() and not _is_token(raw.get("eos_token_id"), raw.get("vocab_size")):
+        raw["eos_token_id"] = _end_of_bert(directory / "vocab.txt")  # Chinese GPT-2s leave it out, or have GPT-2's own
+    return parse_config(raw)
+
+
+def _is_token(value: object, vocab_size: object) -> bool:
+    return isinstance(value, int) and isinstance(vocab_size, int) and 0 <= value < vocab_size
+
+
+def _end_of_bert(path: Path) -> int | None:
+    """[SEP], which ends a document where BERT's tokenizer is used."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"cannot read {path.name}") from None
+    return lines.index("[SEP]") if "[SEP]" in lines else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,166 +1,96 @@
-"""Byte-level BPE from a checkpoint's own vocabulary files, run by tiktoken. Imports no torch.
+"""What a tokenizer is to the rest of the program, and which one a checkpoint has. Imports no torch.
 
-Knows nothing of UTF-8 borders in streams or of text offsets: it turns text into ids and ids into bytes.
+Most GPT-2s have byte-level BPE. Chinese and Japanese ones have WordPiece or a unigram vocabulary, whose libraries are
+an extra: `pip install gpt2-server[tokenizers]`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import tiktoken
-
+from model.byte_level import END_OF_TEXT, read_byte_level, read_json
 from model.errors import TokenizerError
+from model.unigram import SPIECE_NAMES, read_spiece, unigram_from_json
+from model.wordpiece import read_wordpiece, wordpiece_from_json
 
-# GPT-2's pre-tokenizer (Radford et al. 2019), with possessive quantifiers so that no text backtracks.
-SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-END_OF_TEXT = "<|endoftext|>"
-FILE_BYTES_MAX = 64 << 20
+__all__ = ["END_OF_TEXT", "Decoder", "Tokenizer", "read_tokenizer"]
 
 
-class Tokenizer:
-    """Text to token ids and back to bytes. A literal special token in a text, `<|endoftext|>`, is one token."""
+class Decoder(Protocol):
+    """Turns tokens into text as they come. Joined, what it hands out is the text; nothing is ever taken back."""
 
-    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], eos_token: str, vocab_size: int) -> None:
-        """`ranks` maps each token's bytes to its id, ids in the order of their merges; `vocab_size` is the model's."""
-        if eos_token not in special:
-            raise TokenizerError(f"the vocabulary has no end-of-text token {eos_token!r}")
-        largest = max(*ranks.values(), *special.values())
-        if largest >= vocab_size:
-            raise TokenizerError(f"the vocabulary has token {largest}, the model's {vocab_size} embeddings do not")
-        self._encoding = tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
-        self._bytes: list[bytes] = [b""] * vocab_size  # ids the model has and the vocabulary lacks decode to nothing
-        for token, id_ in ranks.items():
-            self._bytes[id_] = token
-        for text, id_ in special.items():
-            self._bytes[id_] = text.encode()
-        self.special_tokens = frozenset(special)
-        self.special_ids = frozenset(special.values())
-        self.eos_token = eos_token
-        self.bos_token = eos_token  # GPT-2 has one token for both
-        self.eos_token_id = special[eos_token]
-        self.vocab_size = vocab_size
+    def push(self, id_: int) -> str: ...
+    def flush(self) -> str:
+        """At the end: what was held back, as U+FFFD where it is no character."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. The name of a special token in a text is that token."""
+
+    kind: str  # transformers' name for it
+    byte_level: bool  # any text can be written, and is the bytes of its tokens, joined
+    vocab_size: int  # the model's; ids that the vocabulary lacks have no text
+    eos_token: str
+    eos_token_id: int
+    bos_token: str
+    unk_token: str
+    special_tokens: frozenset[str]
+    special_ids: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
         """Raises UnicodeEncodeError for a lone surrogate; parsing keeps those out."""
-        return self._encoding.encode(text, allowed_special=self.special_tokens)
+        ...
 
     def encode_plain(self, text: str) -> list[int]:
         """Names of special tokens are text like any other."""
-        return self._encoding.encode_ordinary(text)
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        table = self._bytes
-        return b"".join([table[id_] for id_ in ids])
+        ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        """The text of these by themselves, special tokens too."""
+        ...
+
+    def decoder(self, after: Sequence[int]) -> Decoder:
+        """Of text that follows these tokens: what a token says may depend on the one before it."""
+        ...
 
     def token_bytes(self, id_: int) -> bytes:
-        return self._bytes[id_]
+        """What the token adds in the middle of a text."""
+        ...
+
+    def name(self, id_: int) -> str:
+        """How logprobs show it. Distinct tokens have distinct names."""
+        ...
+
+    def runs(self, word: str) -> list[list[int]]:
+        """The token runs that write a word, wherever it stands. None is empty."""
+        ...
 
 
 def read_tokenizer(directory: Path, vocab_size: int, eos_token_id: int) -> Tokenizer:
-    """From vocab.json + merges.txt, or tokenizer.json. Raises TokenizerError."""
+    """By the files that are there. Raises TokenizerError: none, one that contradicts the model, no library for it."""
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-        vocab = _read_json(directory / "vocab.json")
-        merges = _read_merges(directory / "merges.txt")
-        special = {token: id_ for token, id_ in vocab.items() if id_ == eos_token_id}
-    elif (directory / "tokenizer.json").is_file():
-        vocab, merges, special = _read_tokenizer_json(directory / "tokenizer.json")
-    else:
-        raise TokenizerError("the checkpoint has neither vocab.json and merges.txt nor tokenizer.json")
-    names = {id_: token for token, id_ in special.items()}
-    eos_token = names.get(eos_token_id, END_OF_TEXT)
-    return Tokenizer(_ranks(vocab, merges, special), special, eos_token, vocab_size)
-
-
-def _ranks(vocab: dict[str, int], merges: list[tuple[str, str]], special: dict[str, int]) -> dict[bytes, int]:
-    """The vocabulary as bytes. tiktoken merges the pair of lowest id first, so ids must rise in merge order."""
-    alphabet = _byte_alphabet()
-    previous = -1
-    for left, right in merges:
-        id_ = vocab.get(left + right)
-        if id_ is None:
-            raise TokenizerError("merges.txt makes a token that the vocabulary does not have")
-        if id_ < previous:
-            raise TokenizerError("the vocabulary's ids are not in the order of its merges")
-        previous = id_
-    try:
-        ranks = {
-            bytes(alphabet[character] for character in token): id_
-            for token, id_ in vocab.items()
-            if token not in special
-        }
-    except KeyError as error:
-        raise TokenizerError("the vocabulary is not byte-level BPE") from error
-    if any(bytes([value]) not in ranks for value in range(256)):
-        raise TokenizerError("the vocabulary does not hold all 256 bytes")
-    return ranks
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2 writes each byte as a printable character; printable bytes stand for themselves, others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in printable]
-    alphabet = {chr(value): value for value in printable}
-    alphabet.update({chr(0x100 + i): value for i, value in enumerate(others)})
-    return alphabet
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > FILE_BYTES_MAX:
-            raise TokenizerError(f"{path.name} is larger than {FILE_BYTES_MAX} bytes")
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise TokenizerError(f"cannot read {path.name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path.name} is not UTF-8") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path.name} is not JSON") from error
-    if not isinstance(value, dict) or (path.name == "vocab.json" and not _is_vocab(value)):
-        raise TokenizerError(f"{path.name} does not hold a vocabulary")
-    return value
-
-
-def _is_vocab(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) > 256
-        and all(isinstance(id_, int) and id_ >= 0 for id_ in value.values())
-        and len(set(value.values())) == len(value)
+        return read_byte_level(directory, vocab_size, eos_token_id)
+    if (directory / "tokenizer.json").is_file():
+        return _from_json(directory, vocab_size, eos_token_id)
+    if (directory / "vocab.txt").is_file():
+        return read_wordpiece(directory, vocab_size, eos_token_id)
+    for name in SPIECE_NAMES:
+        if (directory / name).is_file():
+            return read_spiece(directory / name, vocab_size, eos_token_id)
+    raise TokenizerError(
+        "the checkpoint has neither vocab.json and merges.txt nor tokenizer.json, vocab.txt or spiece.model"
     )
 
 
-def _read_merges(path: Path) -> list[tuple[str, str]]:
-    lines = _read_text(path).split("\n")
-    return [_pair(line) for line in lines if line and not line.startswith("#version")]
-
-
-def _pair(line: str) -> tuple[str, str]:
-    left, _, right = line.rstrip("\r").partition(" ")
-    if not left or not right or " " in right:
-        raise TokenizerError("merges.txt: a line is not a pair of tokens")
-    return left, right
-
-
-def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
-    raw = _read_json(path)
-    try:
-        model = raw["model"]
-        vocab = model["vocab"]
-        merges = [_pair(pair) if isinstance(pair, str) else (pair[0], pair[1]) for pair in model["merges"]]
-        special = {added["content"]: added["id"] for added in raw.get("added_tokens", []) if added.get("special")}
-    except (KeyError, TypeError, IndexError) as error:
-        raise TokenizerError("tokenizer.json is not a BPE tokenizer") from error
-    if model.get("type", "BPE") != "BPE" or not _is_vocab(vocab):
-        raise TokenizerError("tokenizer.json is not a BPE tokenizer")
-    return vocab, merges, special
+def _from_json(directory: Path, vocab_size: int, eos_token_id: int) -> Tokenizer:
+    model = read_json(directory / "tokenizer.json").get("model")
+    match model.get("type") if isinstance(model, dict) else None:
+        case "WordPiece":
+            return wordpiece_from_json(directory, vocab_size, eos_token_id)
+        case "Unigram":
+            return unigram_from_json(directory, vocab_size, eos_token_id)
+        case _:
+            return read_byte_level(directory, vocab_size, eos_token_id)

@@ -13,7 +13,11 @@ from model.errors import ModelError
 
 EMBEDDED = Path(model.__file__).parent / "default"
 EMBEDDED_NAME = "gpt2-server-default"
-FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json", "merges.txt", "tokenizer.json"]
+FILES = [
+    "config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json", "merges.txt", "tokenizer.json",
+    "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.model",
+    "tokenizer_config.json", "special_tokens_map.json",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

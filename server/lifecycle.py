@@ -57,10 +57,19 @@ class Backend:
     app: FastAPI
     engine: Engine
     supervisors: list[Supervisor]  # one for each worker
-    grammars: GrammarChecker
+    grammars: GrammarChecker | None  # None where the vocabulary is not one of bytes
     served: ServedModel
     keys: Keyring | None
     metrics: Metrics
+
+    @property
+    def ready(self) -> bool:
+        return self.engine.ready and (self.grammars is None or self.grammars.ready)
+
+    async def start_checker(self) -> None:
+        """Before the first request: no grammar has to wait for it later on."""
+        if self.grammars is not None:
+            await self.grammars.start()
 
     def start(self) -> list[asyncio.Task[int]]:
         """One task a worker; it ends, with an exit status, when its worker cannot be kept running."""
@@ -71,7 +80,8 @@ class Backend:
         for supervisor in self.supervisors:
             supervisor.stop()
         status = max(await asyncio.gather(*workers))
-        await self.grammars.stop()
+        if self.grammars is not None:
+            await self.grammars.stop()
         return status
 
 
@@ -96,7 +106,7 @@ class Service:
             loop.add_signal_handler(number, self._on_signal, stop)
         if self.reload is not None:
             loop.add_signal_handler(signal.SIGHUP, self.reload)
-        starting = asyncio.create_task(self.backend.grammars.start())  # no grammar has to wait for it later on
+        starting = asyncio.create_task(self.backend.start_checker())
         workers = self.backend.start()
         http = asyncio.create_task(self.http.serve(sockets=[self.listener]))
         announcing = asyncio.create_task(self._announce(announce))
@@ -125,7 +135,7 @@ class Service:
         stop.set()
 
     async def _announce(self, announce: Callable[[Ready], None]) -> None:
-        while not (self.backend.engine.ready and self.backend.grammars.ready):
+        while not self.backend.ready:
             await asyncio.sleep(POLL)
         assert self.backend.engine.worker is not None
         announce(self.backend.engine.worker)
@@ -182,8 +192,8 @@ def assemble(settings: Settings) -> Backend:
         request_timeout=settings.request_timeout,
         stall_timeout=settings.stall_timeout,
     )
-    directory = str(checkpoint.directory)
-    grammars = GrammarChecker(checker_command(directory, config.vocab_size, config.eos_token_id))
+    command = checker_command(str(checkpoint.directory), config.vocab_size, config.eos_token_id)
+    grammars = GrammarChecker(command) if tokenizer.byte_level else None
     keys = _keyring(settings)
     app = create_app(
         engine=engine,

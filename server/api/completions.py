@@ -33,11 +33,10 @@ from server.api.prompts import encode, fit
 from server.api.rendering import ChoiceCollector, ChunkRenderer, CompletionShape, Envelope, Shape, usage_json
 from server.api.schemas import CompletionAnswer, StreamOptions, completion_schema
 from server.api.sse import DONE, EventStream, event
-from server.api.unsupported import refusal
 from server.engine.grammars import GrammarChecker
 from server.engine.output import TokenTexts
 from server.engine.request import Generation, GenerationEngine, GenerationRequest, Prompt
-from server.errors import ServerError
+from server.errors import InvalidRequest, ServerError
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +109,9 @@ class CompletionService:
         if asked.structure is None:
             return params
         if self.grammars is None:
-            raise refusal(asked.structure.param)
+            param = asked.structure.param
+            message = f"'{param}' needs a vocabulary that can write any text, as byte-level BPE; this model has none."
+            raise InvalidRequest(message, param, "unsupported_parameter")
         return replace(params, grammar=await self.grammars.compile(asked.structure))
 
     def _call(

@@ -36,28 +36,22 @@ class Phrases:
         return await anyio.to_thread.run_sync(self._resolve, params, body)
 
     def _resolve(self, params: SamplingParams, body: CompletionBody) -> SamplingParams:
-        params = replace(params, bad_words=tuple(run for word in body.bad_words for run in self.bad_word(word)))
+        params = replace(
+            params, bad_words=tuple(tuple(run) for word in body.bad_words for run in self._tokenizer.runs(word))
+        )
         if params.dry is None:
             return params
         breakers = {run for text in body.dry_sequence_breakers for run in self.breaker(text)}
         return replace(params, dry=replace(params.dry, breakers=tuple(sorted(breakers))))
 
-    def bad_word(self, word: str) -> Iterator[Run]:
-        """As vLLM: the word as it starts a text, and after a space where that makes another token of it."""
-        plain = tuple(self._tokenizer.encode(word.lstrip()))
-        spaced = tuple(self._tokenizer.encode(" " + word.lstrip()))
-        if plain:
-            yield plain
-        if not plain or (spaced[0] != plain[0] and len(spaced) == len(plain)):
-            yield spaced
-
     def breaker(self, text: str) -> tuple[Run, ...]:
-        """As llama.cpp: every token that holds the text, and every token that begins it with what has to follow."""
+        """As llama.cpp: every token that holds the text, and every token that begins it with what has to follow; the
+        latter where any text can be written."""
         known = self._breakers.get(text)
         if known is None:
             raw = text.encode()
             runs: set[Run] = {(id_,) for id_ in self._tokens_with(raw)}
-            for cut in range(1, len(raw)):
+            for cut in range(1, len(raw) if self._tokenizer.byte_level else 0):
                 tail = self._tail(raw[cut:])
                 runs |= {(id_, *tail) for id_ in self._tokens_with(raw[:cut], at_end=True)}
             known = self._breakers[text] = tuple(sorted(runs))

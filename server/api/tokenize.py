@@ -55,10 +55,10 @@ def tokenize_routes(model: ServedModel, tokenizer: Tokenizer, texts: TokenTexts,
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> JSONResponse:
         return JSONResponse({
-            "tokenizer_class": "GPT2Tokenizer",
-            "bos_token": tokenizer.eos_token,
+            "tokenizer_class": tokenizer.kind,
+            "bos_token": tokenizer.bos_token,
             "eos_token": tokenizer.eos_token,
-            "unk_token": tokenizer.eos_token,
+            "unk_token": tokenizer.unk_token,
             "pad_token": None,
             "add_bos_token": False,
             "add_prefix_space": False,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from model.config import read_config
-from model.errors import DeviceError
+from model.errors import DeviceError, GrammarError
 from model.gpt2 import GPT2
 from model.gpu import cuda
 from model.gpu.runner import GraphRunner
@@ -132,4 +132,7 @@ def make_speculation(start: Start, networks: Networks) -> SpeculationController 
 
 def _vocabulary(directory: Path) -> Vocabulary:
     config = read_config(directory)
-    return Vocabulary(read_tokenizer(directory, config.vocab_size, config.eos_token_id))
+    tokenizer = read_tokenizer(directory, config.vocab_size, config.eos_token_id)
+    if not tokenizer.byte_level:
+        raise GrammarError("grammars need a vocabulary in which any text can be written")
+    return Vocabulary(tokenizer)

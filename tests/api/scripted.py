@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+from model.byte_level import ByteLevelTokenizer
 from model.sampling_params import SamplingParams
 from model.step import TokenLogprobs
-from model.tokenizer import Tokenizer
 from server.engine.output import ChoiceOutput, TokenTexts
 from server.engine.request import ChoiceDelta, GenerationRequest, Prompt, Usage
 from server.worker.messages import FinishReason
@@ -22,9 +22,9 @@ VOCAB_SIZE = 301
 CONTEXT = 64
 
 
-def tokenizer() -> Tokenizer:
+def tokenizer() -> ByteLevelTokenizer:
     ranks = {bytes([value]): value for value in range(256)} | {word: 256 + i for i, word in enumerate(WORDS)}
-    return Tokenizer(ranks, {"<|endoftext|>": EOS}, "<|endoftext|>", VOCAB_SIZE)
+    return ByteLevelTokenizer(ranks, {"<|endoftext|>": EOS}, "<|endoftext|>", VOCAB_SIZE)
 
 
 def logprobs_of(token: int, position: int, count: int) -> TokenLogprobs:

@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 
 import model
+from model.byte_level import ByteLevelTokenizer
 from model.errors import GrammarError
 from model.grammar import Grammars, Matcher, Vocabulary
 from model.step import GrammarState
-from model.tokenizer import Tokenizer, read_tokenizer
+from model.tokenizer import read_tokenizer
 
 WORDS = [b"ab", b"abc", b"ba", b"cab", b"aa", "é".encode(), b"a b"]
 EOS = 256 + len(WORDS)
 
 
-def small() -> Tokenizer:
+def small() -> ByteLevelTokenizer:
     ranks = {bytes([value]): value for value in range(256)} | {word: 256 + i for i, word in enumerate(WORDS)}
-    return Tokenizer(ranks, {"<|endoftext|>": EOS}, "<|endoftext|>", EOS + 3)  # two ids that no token has
+    return ByteLevelTokenizer(ranks, {"<|endoftext|>": EOS}, "<|endoftext|>", EOS + 3)  # two ids that no token has
 
 
 @cache

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from model.byte_level import ByteLevelTokenizer
 from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.generation import RunningGeneration
@@ -50,7 +50,9 @@ class Worker:
 
 
 def make_engine(request_timeout: float = 60, stall_timeout: float = 60, queued: int = 256) -> Engine:
-    tokenizer = Tokenizer({bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}, "<|endoftext|>", 257)
+    tokenizer = ByteLevelTokenizer(
+        {bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}, "<|endoftext|>", 257
+    )
     observer = Observer(Metrics("m", "0"))
     admission = Admission(queued, 1 << 16)
     return Engine(tokenizer, admission, observer, request_timeout=request_timeout, stall_timeout=stall_timeout)

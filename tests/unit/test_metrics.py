@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
+from model.byte_level import ByteLevelTokenizer
 from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
 from server.engine.admission import Admission
 from server.engine.candidate import Candidate
 from server.engine.engine import Engine
@@ -23,7 +23,9 @@ from server.errors import Overloaded
 from server.metrics import PROCESS, Metrics
 from server.worker.messages import FinishReason, Ready, Refused, SequenceOutput, Stats, Step, ToWorker, Work
 
-TOKENIZER = Tokenizer({bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}, "<|endoftext|>", 257)
+TOKENIZER = ByteLevelTokenizer(
+    {bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}, "<|endoftext|>", 257
+)
 WORKERS = 2
 QUEUED = 3
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from model.byte_level import ByteLevelTokenizer
 from model.sampling_params import SamplingParams
 from model.step import TokenLogprobs
-from model.tokenizer import Tokenizer
 from server.engine.output import ChoiceOutput, StopMatcher, TokenTexts
 from server.engine.request import ChoiceDelta, GenerationRequest, Prompt
 from server.worker.messages import FinishReason
@@ -19,7 +19,7 @@ EOS = 256
 SPLITS = [b"", b"a", b"ab", "日本".encode()[:4], "👍🏽".encode()[1:6], "é".encode(), b"\xff\xfe", b"stop", b"op"]
 TOKENS = {bytes([value]): value for value in range(256)}
 TOKENS |= {raw: 257 + i for i, raw in enumerate(SPLITS) if len(raw) > 1}
-TOKENIZER = Tokenizer(TOKENS, {"<|endoftext|>": EOS}, "<|endoftext|>", 300)
+TOKENIZER = ByteLevelTokenizer(TOKENS, {"<|endoftext|>": EOS}, "<|endoftext|>", 300)
 IDS = [*range(256), *[id_ for id_ in TOKENS.values() if id_ > 256]]
 
 

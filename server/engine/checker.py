@@ -28,7 +28,7 @@ from server import logs
 from server.engine.grammars import READY, GrammarKind, GrammarSource, Verdict
 
 CPU_SECONDS = 0.3  # a worker will spend as much on it, once
-SECONDS = 0.6  # by the clock: a client has its 400 within a second
+SECONDS = 0.5  # by the clock: a client has its 400 within a second
 MEMORY_MAX = 1 << 30
 SHOWN = 200  # characters of the compiler's own words
 TOO_EXPENSIVE = "compiling it takes too much time or memory"

@@ -197,14 +197,15 @@ HOSTILE: dict[str, dict[str, Any]] = {
 def test_hostile_grammars_are_refused_within_a_second_and_disturb_nobody(idle: RunningServer) -> None:
     quiet = {"prompt": "a", "max_tokens": 600, "ignore_eos": True, "seed": 1}
     expected = idle.complete(**quiet)["choices"][0]["text"]
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=idle.url, timeout=10) as client:
         stream = pool.submit(lambda: "".join(chunk["choices"][0]["text"] for chunk in idle.stream(**quiet)))
         for name, fields in HOSTILE.items():
             began = time.monotonic()
-            answer = httpx.post(f"{idle.url}/v1/completions", json={"prompt": "a", **fields}, timeout=10)
+            answer = client.post("/v1/completions", json={"prompt": "a", **fields})
+            took = time.monotonic() - began
             assert answer.status_code == 400, (name, answer.text)
             assert answer.json()["error"]["param"] == next(iter(fields)), (name, answer.text)
-            assert time.monotonic() - began < 1, name
+            assert took < 1, name
         assert stream.result() == expected
 
 

@@ -11,15 +11,15 @@ FORBIDDEN = re.compile(
     r"0x[0-9a-f]{4,}|Traceback|File \"|site-packages|\.py\b|object at|<class|pydantic|starlette|Exception\b|Error:"
 )
 PLACES = [str(Path.home()), str(Path(__file__).parents[1]), "/usr/", "/home/", "/root", "/tmp", "/proc"]
-URLS = re.compile(
-    r"Invalid URL \(.*\)|Not allowed to .* on .*?\. \(HINT|/v1/[a-z/]+|/wake_up",
+OURS = re.compile(
+    r"The model `.*` does not exist|Invalid URL \(.*\)|Not allowed to .* on .*?\. \(HINT|/v1/[a-z/]+|/wake_up",
     re.DOTALL,
 )
 
 
 def check_message(message: str) -> None:
-    """A URL is the client's own, or one of ours; any other slash would be a path."""
-    said = URLS.sub("", message)
+    """A URL is the client's own, or one of ours, and so is a model's name; any other slash would be a path."""
+    said = OURS.sub("", message)
     assert not FORBIDDEN.search(said), message
     assert not any(place in said for place in PLACES), message
     assert "/" not in said, message

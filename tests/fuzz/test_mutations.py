@@ -90,7 +90,7 @@ async def ok(scope: Scope, receive: Receive, send: Send) -> None:
 async def mutate_http(count: int, seed: int) -> None:
     """The connection's own code, from bytes off the wire to the application and back."""
     edges = Edges(
-        head_timeout=1e6, keep_alive_timeout=1e6, write_timeout=1e6, max_head_bytes=32 << 10, max_connections=1 << 30
+        head_timeout=1e6, keep_alive_timeout=1e6, write_timeout=1e6, max_head_bytes=32 << 10, max_connections=100
     )
     config = http_server(ok, edges).config  # type: ignore[arg-type]
     config.load()

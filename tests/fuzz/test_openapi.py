@@ -15,8 +15,11 @@ CONFIG = Path(__file__).parent / "schemathesis.toml"
 
 
 @pytest.fixture(scope="module")
-def server(tiny: Path) -> Iterator[RunningServer]:
-    with serving(tiny, "--threads", "1") as running:
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    template = tmp_path_factory.mktemp("chat") / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    brief = ("--max-model-len", "128")  # a chat answer is as long as the context
+    with serving(tiny, "--threads", "1", "--chat-template", str(template), *brief) as running:
         yield running
 
 

@@ -211,15 +211,8 @@ def test_cve_2024_11393_cve_2026_1839_cve_2025_67221_no_transformers_no_orjson_a
 
 
 def test_cve_2025_66448_cve_2026_22807_cve_2026_27893_a_config_is_data(tmp_path: Path) -> None:
-    config = {
-        "model_type": "gpt2",
-        "n_layer": 1,
-        "n_head": 1,
-        "n_embd": 8,
-        "n_positions": 8,
-        "vocab_size": 9,
-        "auto_map": {"AutoConfig": "evil.Evil"},
-    }
+    config: dict[str, Any] = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 8}
+    config |= {"vocab_size": 9, "bos_token_id": 0, "eos_token_id": 0, "auto_map": {"AutoConfig": "evil.Evil"}}
     config |= {"trust_remote_code": True, "architectures": ["os.system"], "vision_config": {"auto_map": {"a": "b--c"}}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("raise SystemExit('executed')")

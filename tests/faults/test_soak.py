@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import httpx
@@ -70,12 +70,12 @@ class Watched:
     def report(self) -> dict[str, float]:
         steady = self.samples[int(len(self.samples) * WARM_UP) :]
         half = len(steady) // 2
-        most = [[max(row[i] for row in rows) for rows in (steady[:half], steady[half:])] for i in (2, 3)]
+        usual = [[median(row[i] for row in rows) for rows in (steady[:half], steady[half:])] for i in (2, 3)]
         return {
             "mib": steady[-1][1],
             "mib_an_hour": _slope([row[0] for row in steady], [row[1] for row in steady]) * 3600,
-            "descriptors_gained": most[0][1] - most[0][0],
-            "threads_gained": most[1][1] - most[1][0],
+            "descriptors_gained": usual[0][1] - usual[0][0],
+            "threads_gained": usual[1][1] - usual[1][0],
         }
 
 
@@ -209,6 +209,7 @@ def _report(tally: Tally, watched: dict[str, Watched], books: dict[str, float]) 
     halves = [[took for when, took in tally.seconds if (when < middle) == first] for first in (True, False)]
     return {
         "minutes": MINUTES,
+        "load_of_machine": psutil.getloadavg()[2],
         "answered": tally.answered,
         "wrong": tally.wrong,
         "aborted": tally.aborted,

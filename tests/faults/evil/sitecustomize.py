@@ -1,7 +1,7 @@
 """Makes a worker's forward pass misbehave. Python imports this by itself where its directory is on PYTHONPATH.
 
-EVIL is `WHAT:WHEN`. WHAT: raise, exit, hang. WHEN: `step=K` (in the K-th step of each life), or `token=ID` (in every
-step that computes this token).
+EVIL is `WHAT:WHEN`. WHAT: raise, exit, hang, or slow. WHEN: `step=K` (in the K-th step of each life), `step=any`, or
+`token=ID` (in every step that computes this token).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 import sys
 import time
 from typing import Any
+
+SLEEPS = {"hang": 3600.0, "slow": 1.1}  # seconds
 
 if "server.worker" in getattr(sys, "orig_argv", ()) and "EVIL" in os.environ:
     from model.runner import Runner
@@ -28,7 +30,7 @@ if "server.worker" in getattr(sys, "orig_argv", ()) and "EVIL" in os.environ:
             for chunk in plan.chunks
             for token in new_tokens.get(chunk.id, [])[chunk.start : chunk.start + chunk.count]
         ]
-        if (key == "step" and steps == int(value)) or (key == "token" and int(value) in computed):
+        if (key == "step" and value in (str(steps), "any")) or (key == "token" and int(value) in computed):
             misbehave()
         pending = launch(self, plan)
         for sample in pending.result().sampled:
@@ -36,8 +38,9 @@ if "server.worker" in getattr(sys, "orig_argv", ()) and "EVIL" in os.environ:
         return pending
 
     def misbehave() -> None:
-        if what == "hang":
-            time.sleep(3600)
+        if what in SLEEPS:
+            time.sleep(SLEEPS[what])
+            return
         if what == "exit":
             os._exit(3)
         raise RuntimeError("evil")

@@ -1,4 +1,4 @@
-"""More work than fits: rows F6, F7, L2, L3 and L4 of docs/reliability.md. The long forms are marked slow."""
+"""More work than fits: rows F6, F7, L2, L3, L4, M1 and S2 of docs/reliability.md. The long forms are marked slow."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from mixed import mixed_requests, stream_all, stream_choices
 from serving import RunningServer, serving
 
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -113,6 +114,26 @@ def test_f7_four_times_as_much_as_the_pool_holds(count: int, small: RunningServe
     assert texts[:: max(count // 20, 1)] == asyncio.run(ask(1, sample))  # each alone
     small.check_identities()
     note(row="F7", requests=count, preemptions=preemptions)
+
+
+# === M1 and S2 ===
+
+
+def test_m1_metrics_add_up_to_what_clients_were_told(small: RunningServer) -> None:
+    before = small.wait_until_idle()
+    usages = [small.complete(**request)["usage"] for request in mixed_requests(8, 30)]
+    after = small.wait_until_idle()
+    gained = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    assert gained["gpt2_generation_tokens_total"] == sum(usage["completion_tokens"] for usage in usages)
+    assert gained["gpt2_requests_total"] == gained["gpt2_time_to_first_token_seconds_count"]  # each said something
+    small.check_identities()
+
+
+def test_s2_the_same_seed_says_the_same_in_another_server_and_another_batch(
+    small: RunningServer, server: RunningServer
+) -> None:
+    requests = mixed_requests(16, 60)
+    assert stream_all(small, requests) == [stream_choices(server, request) for request in requests]
 
 
 # === L2 ===

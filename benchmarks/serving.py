@@ -10,32 +10,16 @@ import argparse
 import asyncio
 import json
 import platform
-import random
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import psutil
 
-from benchmarks.load import Result, Server, closed_loop
-
-VOCABULARY = 50256
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    name: str
-    prompt: int  # tokens in
-    output: int  # tokens out
-    concurrency: int
-    requests: int
+from server.load import Result, Server, Workload, bodies, closed_loop, started
 
 
 def workloads(concurrencies: list[int]) -> list[Workload]:
@@ -47,47 +31,10 @@ def workloads(concurrencies: list[int]) -> list[Workload]:
     ]
 
 
-def bodies(workload: Workload, seed: int) -> list[dict[str, Any]]:
-    """Random token ids, no two prompts alike, so that no cache can help."""
-    dice = random.Random(seed)
-    return [
-        {
-            "prompt": [dice.randrange(VOCABULARY) for _ in range(workload.prompt)],
-            "max_tokens": workload.output,
-            "temperature": 0,
-            "ignore_eos": True,
-        }
-        for _ in range(workload.requests)
-    ]
-
-
 @dataclass(frozen=True, slots=True)
 class Start:
     seconds: float  # from the command to the ready line
     resident_mib: float  # of all its processes, after the load
-
-
-@contextmanager
-def our_server(model: str | None, flags: list[str]) -> Iterator[tuple[Server, float, psutil.Process]]:
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "server.cli", "serve", *([model] if model else []), "--port", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if found := re.search(r"Serving on (http://\S+),", line):
-                yield (
-                    Server("gpt2-server", f"{found[1]}/v1", ""),
-                    time.perf_counter() - began,
-                    psutil.Process(process.pid),
-                )
-                break
-        else:
-            raise SystemExit("our server did not start")
-    finally:
-        process.terminate()
-        process.wait(60)
-        process.stdout.close()
 
 
 def resident_mib(process: psutil.Process) -> float:
@@ -144,10 +91,10 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="after --: flags for our server")
     arguments = parser.parse_args()
     loads = workloads([int(each) for each in arguments.concurrency.split(",")])
-    with our_server(arguments.model, arguments.flags) as (ours, seconds, process):
+    with started(arguments.model, arguments.flags) as (ours, seconds, pid):
         peers = [Server(name, url, arguments.peer_model) for name, _, url in (p.partition("=") for p in arguments.peer)]
         results = measure([ours, *peers], loads, arguments.rounds)
-        start = Start(seconds, resident_mib(process))
+        start = Start(seconds, resident_mib(psutil.Process(pid)))
     print(f"{machine()}; {time.strftime('%Y-%m-%d')}; median of {arguments.rounds} interleaved rounds; greedy\n")
     print(table(results))
     print(f"\nStart to ready: {start.seconds:.1f} s. Resident after the load: {start.resident_mib:.0f} MiB.")

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from server.cli import COMMANDS
+from server.commands import COMMANDS
 from server.settings import ENV_PREFIX, Settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"

@@ -1,37 +1,17 @@
-"""`gpt2-server COMMAND`: finds the command, reads its arguments and returns its exit status.
-
-A command is a row in COMMANDS and a module in server/commands/ with `configure` and `run`. Only the one that is asked
-for is imported: `healthcheck` runs every few seconds, and must not wait for a web framework.
-"""
+"""`gpt2-server COMMAND`: finds the command, reads its arguments and returns its exit status."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Collection
-from typing import Protocol, cast
 
 from model.errors import ModelError
 from server import __version__
+from server.commands import COMMANDS, load
 from server.errors import SettingsError
 
 EXIT_CONFIG = 78
-COMMANDS = {
-    "serve": "serve a model over HTTP",
-    "complete": "complete a text here, without a server",
-    "healthcheck": "ask a running server whether it is well",
-}
-
-
-class Command(Protocol):
-    """What a module of server/commands/ looks like."""
-
-    def configure(self, parser: argparse.ArgumentParser) -> None: ...
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Returns the exit status. Raises SettingsError or ModelError."""
-        ...
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,10 +42,6 @@ def make_parser(wanted: Collection[str]) -> argparse.ArgumentParser:
         if name in wanted:
             load(name).configure(command)
     return parser
-
-
-def load(name: str) -> Command:
-    return cast(Command, importlib.import_module(f"server.commands.{name.replace('-', '_')}"))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,34 @@
-"""One file a subcommand. Each has `configure`, which adds its arguments to a parser, and `run`; see server/cli.py."""
+"""The subcommands of `gpt2-server`: a row in COMMANDS, and a module here of that name with `configure` and `run`.
+
+Only the one that is asked for is imported: `healthcheck` runs every few seconds, and must not wait for a web framework.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import Protocol, cast
+
+COMMANDS = {
+    "serve": "serve a model over HTTP",
+    "complete": "complete a text here, without a server",
+    "bench": "load a server, and say how fast it answers",
+    "fetch": "bring a model here from the Hugging Face Hub",
+    "check": "say what a model is and needs, or why it cannot be served",
+    "completion": "print a script that completes commands and flags in a shell",
+    "healthcheck": "ask a running server whether it is well",
+}
+
+
+class Command(Protocol):
+    """What a module of server/commands/ looks like."""
+
+    def configure(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Returns the exit status. Raises SettingsError or ModelError."""
+        ...
+
+
+def load(name: str) -> Command:
+    return cast(Command, importlib.import_module(f"server.commands.{name.replace('-', '_')}"))

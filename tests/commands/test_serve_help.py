@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 
-from server.cli import COMMANDS, load, make_parser
+from server.cli import make_parser
+from server.commands import COMMANDS, load
 from server.settings import Settings
 
 

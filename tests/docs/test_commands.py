@@ -21,7 +21,8 @@ from blocks import CONSOLE, PYTHON, REASONS, ROOT, SHELL, Block, read_blocks
 from outside import Environment, environment
 from serving import RunningServer, serving
 
-from server.cli import COMMANDS, make_parser
+from server.cli import make_parser
+from server.commands import COMMANDS
 
 __all__ = ["environment"]
 

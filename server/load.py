@@ -7,13 +7,44 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import re
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import mean, median
 from typing import Any
 from urllib.parse import urlsplit
 
 TIMEOUT = 600.0
+STOP_TIMEOUT = 60.0
+VOCABULARY = 50256  # token ids below it are texts in every GPT-2
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    name: str
+    prompt: int  # tokens in
+    output: int  # tokens out
+    concurrency: int
+    requests: int
+
+
+def bodies(workload: Workload, seed: int) -> list[dict[str, Any]]:
+    """Random token ids, no two prompts alike, so that no cache can help."""
+    dice = random.Random(seed)  # noqa: S311
+    return [
+        {
+            "prompt": [dice.randrange(VOCABULARY) for _ in range(workload.prompt)],
+            "max_tokens": workload.output,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        for _ in range(workload.requests)
+    ]
 
 
 @dataclass(slots=True)
@@ -45,12 +76,14 @@ class Result:
 
 
 class Server:
-    def __init__(self, name: str, base_url: str, model: str) -> None:
-        """base_url: with /v1."""
+    def __init__(self, name: str, base_url: str, model: str, key: str | None = None) -> None:
+        """base_url: with /v1. Raises ValueError where it is no http URL."""
         parts = urlsplit(base_url)
-        assert parts.hostname is not None
+        if parts.scheme != "http" or parts.hostname is None:
+            raise ValueError("not an http URL")
         self.name = name
         self.model = model
+        self._authorization = f"Authorization: Bearer {key}\r\n" if key else ""
         self._host, self._port = parts.hostname, parts.port or 80
         self._path = parts.path.rstrip("/") + "/completions"
 
@@ -72,6 +105,7 @@ class Server:
                 {"model": self.model, "stream": True, "stream_options": {"include_usage": True}, **body}
             ).encode()
             head = f"POST {self._path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n"
+            head += self._authorization
             writer.write(f"{head}Connection: close\r\nContent-Length: {len(payload)}\r\n\r\n".encode() + payload)
             status = await reader.readline()
             if b" 200 " not in status:
@@ -134,3 +168,23 @@ def summarise(timings: list[Timing]) -> Result:
         itl_median=median(gaps),
         itl_p99=gaps[int(0.99 * (len(gaps) - 1))],
     )
+
+
+@contextmanager
+def started(model: str | None, flags: list[str]) -> Iterator[tuple[Server, float, int]]:
+    """A server of our own on a free port; the seconds until it was ready, and its process id. Raises RuntimeError."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "server.cli", "serve", *([model] if model else []), "--port", "0", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - ourselves
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if found := re.search(r"Serving on (http://\S+),", line):
+                yield Server("gpt2-server", f"{found[1]}/v1", ""), time.perf_counter() - began, process.pid
+                break
+        else:
+            raise RuntimeError("the server did not start")
+    finally:
+        process.terminate()
+        process.wait(STOP_TIMEOUT)
+        process.stdout.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
+import importlib
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -47,6 +49,7 @@ log = logging.getLogger(__name__)
 
 LAG_PERIOD = 0.25  # seconds between looks at how late the event loop is
 POLL = 0.02  # seconds between looks at whether a worker is ready, or a drain is done
+OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 KV_CACHE_GIB = 2.0  # where nothing else is asked for, and there is no GPU to fill
 
 
@@ -195,8 +198,10 @@ def assemble(settings: Settings) -> Backend:
     command = checker_command(str(checkpoint.directory), config.vocab_size, config.eos_token_id)
     grammars = GrammarChecker(command) if tokenizer.byte_level else None
     keys = _keyring(settings)
+    tracing = _tracing()
+    tracer = None if tracing is None else tracing.exporting_tracer(__version__)
     app = create_app(
-        engine=engine,
+        engine=engine if tracing is None else tracing.TracedEngine(engine, tracer, served.name),
         tokenizer=tokenizer,
         model=served,
         limits=_limits(settings, max_model_len, config.vocab_size),
@@ -212,6 +217,8 @@ def assemble(settings: Settings) -> Backend:
         cors_origins=settings.allowed_origins,
         playground=settings.playground,
     )
+    if tracing is not None:
+        app.add_middleware(tracing.TraceMiddleware, tracer=tracer)
     return Backend(
         app=app,
         engine=engine,
@@ -229,6 +236,17 @@ def assemble(settings: Settings) -> Backend:
         keys=keys,
         metrics=metrics,
     )
+
+
+def _tracing() -> Any | None:
+    """The module server.tracing, where the standard variables ask for spans. Raises SettingsError without its extra."""
+    off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
+    if off or not any(os.environ.get(name) for name in OTLP_ENDPOINTS):
+        return None
+    try:
+        return importlib.import_module("server.tracing")
+    except ImportError:
+        raise SettingsError("OTEL_* variables ask for traces, which need: pip install 'gpt2-server[otel]'") from None
 
 
 def _context(settings: Settings, config: ModelConfig) -> int:

@@ -1,10 +1,11 @@
-"""A LoRA adapter's matrices, read from and written to peft's files, checked before anything runs."""
+"""A LoRA adapter's matrices: read from and written to peft's files, and packed to run beside a network's own."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.adapter_config import SITES, WEIGHTS_FILE, AdapterConfig, read_adapter_config
-from model.config import ModelConfig
+from model.config import Activation, ModelConfig
 from model.errors import AdapterError
+from model.linear import Linear, activate_alike
+from model.ops import Ops
 
 _NAME = re.compile(
     r"base_model\.model\.(?:transformer\.)?h\.(\d+)\.([a-z]+\.[a-z_]+)\.lora_([AB])(?:\.default)?\.weight"
@@ -91,3 +94,53 @@ def adapter_tensors(matrices: dict[Site, LowRank]) -> dict[str, Tensor]:
 
 def json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+# === Running beside a network ===
+
+
+class Adapter:
+    """One adapter, packed for a device. Knows nothing of who uses it."""
+
+    def __init__(self, matrices: dict[Site, LowRank], ops: Ops) -> None:
+        self._pairs = {
+            place: (ops.small_linear(pair.a), ops.small_linear(pair.b * pair.scaling))
+            for place, pair in matrices.items()
+        }
+        self.bytes = sum(4 * (pair.a.numel() + pair.b.numel()) for pair in matrices.values())
+
+    def delta(self, place: Site, x: Tensor) -> Tensor | None:
+        """What it adds to what the matrix at `place` makes of x: (rows, in); None where it adds nothing."""
+        pair = self._pairs.get(place)
+        return None if pair is None else pair[1](pair[0](x))
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedRows:
+    """Those rows of a batch that belong to one adapter."""
+
+    adapter: Adapter
+    rows: Tensor  # (rows of the adapter,) int64
+
+
+def adapted_linear(
+    place: Site,
+    linear: Linear,
+    x: Tensor,
+    adapted: Sequence[AdaptedRows],
+    *,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `linear(x, ...)`, with its adapter's share for each adapted row; other rows keep every bit."""
+    y = linear(x, activation=activation, residual=residual)
+    for part in adapted:
+        own = x[part.rows]
+        delta = part.adapter.delta(place, own)
+        if delta is None:
+            continue
+        if activation is None:
+            y[part.rows] += delta
+        else:
+            y[part.rows] = activate_alike(linear(own) + delta, activation)
+    return y

@@ -134,6 +134,18 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
+def check_variant(variant: ModelConfig, base: ModelConfig) -> None:
+    """Raises ConfigError where a model cannot be served beside another, in one KV cache."""
+    for name in ("n_embd", "n_head", "vocab_size", "eos_token_id"):
+        if getattr(variant, name) != getattr(base, name):
+            raise ConfigError(
+                f"it cannot be served beside the model, whose {name} is {getattr(base, name)} "
+                f"and not {getattr(variant, name)}: serve it by itself"
+            )
+    if variant.n_layer > base.n_layer or variant.n_positions < base.n_positions:
+        raise ConfigError("it cannot be served beside the model: it has more layers or fewer positions")
+
+
 def _positive_int(raw: dict[str, Any], key: str, default: int | None = None) -> int:
     value = raw.get(key)
     if value is None and default is not None:

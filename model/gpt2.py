@@ -6,11 +6,12 @@ requests, or of who owns a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from model.adapters import AdaptedRows, adapted_linear
 from model.batch import Batch
 from model.config import Activation, ModelConfig
 from model.kv_cache import KVCache, LayerCache
@@ -20,6 +21,7 @@ from model.ops import Norm, Ops
 
 @dataclass(frozen=True, slots=True)
 class Layer:
+    number: int
     norm_1: Norm
     attend_in: Linear  # n_embd -> 3 * n_embd: queries, keys, values
     attend_out: Linear
@@ -35,6 +37,24 @@ class Layer:
         hidden = self.attend_out(ops.attention(qkv, cache, batch, self.scale), residual=hidden)
         return self.mlp_out(self.mlp_in(self.norm_2(hidden), activation=activation), residual=hidden)
 
+    def adapted(
+        self,
+        hidden: Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        ops: Ops,
+        activation: Activation,
+        adapted: Sequence[AdaptedRows],
+    ) -> Tensor:
+        """As `__call__`, where some rows have an adapter."""
+        i = self.number
+        qkv = adapted_linear((i, "attn.c_attn"), self.attend_in, self.norm_1(hidden), adapted)
+        ops.write_kv(qkv, cache, batch.slots)
+        mixed = ops.attention(qkv, cache, batch, self.scale)
+        hidden = adapted_linear((i, "attn.c_proj"), self.attend_out, mixed, adapted, residual=hidden)
+        wide = adapted_linear((i, "mlp.c_fc"), self.mlp_in, self.norm_2(hidden), adapted, activation=activation)
+        return adapted_linear((i, "mlp.c_proj"), self.mlp_out, wide, adapted, residual=hidden)
+
 
 class GPT2:
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], ops: Ops) -> None:
@@ -48,20 +68,23 @@ class GPT2:
         self._embed = ops.embedding(weights["wte.weight"], weights["wpe.weight"], self._head if tied else None)
         self._fused: tuple[KVCache, Callable[[Batch], Tensor] | None] | None = None  # of the cache seen last
 
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+    def forward(self, batch: Batch, cache: KVCache, adapted: Sequence[AdaptedRows] = ()) -> Tensor:
         """Compute a step's tokens and store their keys and values.
 
-        Returns hidden states (rows, n_embd), good until the next call.
+        The cache may have more layers than the network. Returns hidden states (rows, n_embd), good until the next call.
         """
+        if adapted:
+            return self._layer_by_layer(batch, cache, adapted)
         if self._fused is None or self._fused[0] is not cache:
             self._fused = cache, self._ops.fuse(self._embed, self._layers, cache, self.config.activation)
         fused = self._fused[1]
-        return self._layer_by_layer(batch, cache) if fused is None else fused(batch)
+        return self._layer_by_layer(batch, cache, ()) if fused is None else fused(batch)
 
-    def _layer_by_layer(self, batch: Batch, cache: KVCache) -> Tensor:
+    def _layer_by_layer(self, batch: Batch, cache: KVCache, adapted: Sequence[AdaptedRows]) -> Tensor:
         hidden = self._embed(batch)
-        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
-            hidden = layer(hidden, layer_cache, batch, self._ops, self.config.activation)
+        for layer, layer_cache in zip(self._layers, cache.layers, strict=False):
+            rest = layer_cache, batch, self._ops, self.config.activation
+            hidden = layer.adapted(hidden, *rest, adapted) if adapted else layer(hidden, *rest)
         return hidden
 
     def final(self, hidden: Tensor) -> Tensor:
@@ -78,6 +101,7 @@ def _layer(config: ModelConfig, weights: Mapping[str, Tensor], i: int, ops: Ops)
         return ops.linear(weights[f"h.{i}.{name}.weight"].T, weights[f"h.{i}.{name}.bias"])
 
     return Layer(
+        number=i,
         norm_1=_norm(config, weights, f"h.{i}.ln_1", ops),
         attend_in=conv1d("attn.c_attn"),
         attend_out=conv1d("attn.c_proj"),

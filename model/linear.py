@@ -22,6 +22,10 @@ _ONEDNN_NAMES = {
 }
 
 
+SINGLE_THREAD_ELEMENTS = 32768  # PyTorch's grain: an elementwise operation on fewer stays on one thread
+WIDEST_UNROLLED = 32  # floats in two AVX-512 vectors, which is what its loops take at a time
+
+
 class Linear(Protocol):
     """y = activation(x Wᵀ + b), or x Wᵀ + b + residual. x: (rows, in); returns (rows, out)."""
 
@@ -40,6 +44,17 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
             return F.relu(x)
         case Activation.SILU:
             return F.silu(x)
+
+
+def activate_alike(x: Tensor, activation: Activation) -> Tensor:
+    """The same bits for a row, whatever rows are beside it. x: (rows, width), contiguous.
+
+    PyTorch computes the end of what a thread is given one number at a time, which differs in the last bit from its
+    vectors. Pieces that one thread gets, and that are whole vectors, have no such end; others go row by row.
+    """
+    width = x.shape[1]
+    together = max(1, SINGLE_THREAD_ELEMENTS // width) if width % WIDEST_UNROLLED == 0 else 1
+    return torch.cat([activate(piece, activation) for piece in x.split(together)])
 
 
 class OneDNNLinear:

@@ -35,6 +35,10 @@ class Ops(Protocol):
 
     def place(self, weight: Tensor) -> Tensor: ...
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear: ...
+    def small_linear(self, weight: Tensor) -> Linear:
+        """Of a matrix so small that keeping it in fewer bits would save nothing."""
+        ...
+
     def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> Norm: ...
     def embedding(self, tokens: Tensor, positions: Tensor, head: Linear | None) -> Embedding:
         """tokens: (vocab, n_embd), positions: (n_positions, n_embd), head: `linear` of the tokens, or None."""
@@ -66,6 +70,9 @@ class TorchOps:
         if self._device.type == "cpu" and self._dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return OneDNNLinear(weight, bias)
         return PlainLinear(self.place(weight), None if bias is None else self.place(bias))
+
+    def small_linear(self, weight: Tensor) -> Linear:
+        return self.linear(weight, None)
 
     def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> Norm:
         weight, bias = self.place(weight), self.place(bias)

@@ -18,6 +18,7 @@ from model.rng import uniforms
 from model.sampling_params import SamplingParams
 from model.sampling_row import SamplingRow
 from model.step import GrammarState, NewSequence, ScheduledChunk
+from model.variants import Variant
 
 UNIFORMS_AHEAD = 64
 
@@ -25,10 +26,27 @@ UNIFORMS_AHEAD = 64
 class Row:
     """A sequence's tokens, block table and random numbers."""
 
-    __slots__ = ("_uniforms", "blocks", "hidden_sum", "length", "matcher", "params", "prompt_length", "tokens")
+    __slots__ = (
+        "_uniforms",
+        "blocks",
+        "hidden_sum",
+        "length",
+        "matcher",
+        "params",
+        "prompt_length",
+        "tokens",
+        "variant",
+    )
 
-    def __init__(self, new: NewSequence, context: int, max_blocks: int, matcher: Matcher | None = None) -> None:
-        """matcher: of the sequence's grammar, where its output has led."""
+    def __init__(
+        self,
+        new: NewSequence,
+        context: int,
+        max_blocks: int,
+        matcher: Matcher | None = None,
+        variant: Variant | None = None,
+    ) -> None:
+        """matcher: of the sequence's grammar, where its output has led. variant: None for the network itself."""
         known = [*new.prompt, *new.output]
         self.tokens: npt.NDArray[np.int64] = np.zeros(context, dtype=np.int64)  # past `length`: guesses, or nothing
         self.tokens[: len(known)] = known
@@ -38,6 +56,7 @@ class Row:
         self.hidden_sum: npt.NDArray[np.float64] = np.zeros(())  # (n_embd,) once something was added
         self.blocks: npt.NDArray[np.int32] = np.zeros(max_blocks, dtype=np.int32)
         self.matcher = matcher
+        self.variant = variant
         self._uniforms: dict[int, tuple[int, list[float]]] = {}  # word -> the first position, and the numbers from it
 
     def take_blocks(self, chunk: ScheduledChunk) -> None:

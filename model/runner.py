@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.adapters import AdaptedRows, Adapter
 from model.gpt2 import GPT2
 from model.grammar import Grammars, Matcher
 from model.kv_cache import KVCache
@@ -25,6 +26,7 @@ from model.step import (
     StepResult,
     TokenLogprobs,
 )
+from model.variants import Variant, Variants
 
 SCORED_ROWS = 64  # prompt scoring holds this many rows of logits at once, not prompt x vocabulary
 
@@ -40,8 +42,9 @@ class Runner:
         max_model_len: int,
         drafter: Drafter | None = None,
         grammars: Grammars | None = None,
+        variants: Variants | None = None,
     ) -> None:
-        """grammars: needed once a sequence has one."""
+        """grammars, variants: needed once a sequence has one."""
         self._model = model
         self._cache = cache
         self._device = device
@@ -49,6 +52,7 @@ class Runner:
         self._max_blocks = -(-max_model_len // cache.block_size)
         self._drafter = drafter
         self._grammars = grammars
+        self._variants = variants
         self.rows: dict[int, Row] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -63,7 +67,8 @@ class Runner:
         """Bring the rows up to date."""
         self.forget(plan.removed)
         for new in plan.added:
-            self.rows[new.id] = Row(new, self._context, self._max_blocks, self._matcher(new))
+            parts = self._matcher(new), self._variant(new)
+            self.rows[new.id] = Row(new, self._context, self._max_blocks, *parts)
         for chunk in plan.chunks:
             self.rows[chunk.id].take_blocks(chunk)
 
@@ -74,8 +79,7 @@ class Runner:
             Span(self.rows[chunk.id], chunk.start, chunk.count + len(guessed))
             for chunk, guessed in zip(plan.chunks, guesses, strict=True)
         ]
-        hidden = self._model.forward(lay_out(spans, self._cache.block_size, self._device), self._cache)
-        pieces = hidden.split([span.count for span in spans])  # (span.count, n_embd) each
+        pieces = self._forward(spans)  # (span.count, n_embd) each
         scored = self._score_prompts(plan, pieces)
         drafted = {chunk.id: len(guessed) for chunk, guessed in zip(plan.chunks, guesses, strict=True) if guessed}
         return StepResult(self._sample(plan, pieces, guesses), scored, drafted, self._pool(plan, pieces))
@@ -85,6 +89,35 @@ class Runner:
             return None
         assert self._grammars is not None
         return self._grammars.matcher(new.params.grammar, new.output)
+
+    def _variant(self, new: NewSequence) -> Variant | None:
+        if new.variant is None:
+            return None
+        assert self._variants is not None
+        return self._variants.get(new.variant)
+
+    def _network(self, row: Row) -> GPT2:
+        return self._model if row.variant is None else row.variant.network
+
+    def _forward(self, spans: list[Span]) -> list[Tensor]:
+        """Each network computes its spans together; adapters ride along."""
+        pieces: dict[int, Tensor] = {}
+        for network, places in _by_network([self._network(span.row) for span in spans]):
+            own = [spans[i] for i in places]
+            batch = lay_out(own, self._cache.block_size, self._device)
+            hidden = network.forward(batch, self._cache, _adapted(own, self._device))
+            pieces.update(zip(places, hidden.split([span.count for span in own]), strict=True))
+        return [pieces[i] for i in range(len(spans))]
+
+    def _logits(self, hidden: Tensor, networks: list[GPT2]) -> Tensor:
+        """hidden: (len(networks), n_embd), each row of the network that made it."""
+        groups = _by_network(networks)
+        if len(groups) == 1:
+            return networks[0].logits(hidden)
+        logits = torch.empty(len(networks), self._model.config.vocab_size, device=self._device)
+        for network, places in groups:
+            logits[places] = network.logits(hidden[places])
+        return logits
 
     def forget(self, ids: list[int]) -> None:
         for id_ in ids:
@@ -105,7 +138,7 @@ class Runner:
             row.guess(guesses[i])
         return guesses
 
-    def _sample(self, plan: StepPlan, pieces: tuple[Tensor, ...], guesses: list[list[int]]) -> list[SampledToken]:
+    def _sample(self, plan: StepPlan, pieces: list[Tensor], guesses: list[list[int]]) -> list[SampledToken]:
         """Each sampling chunk's next token, and the one after each guess for as long as the guesses were right."""
         wanted = [(c, p, g) for c, p, g in zip(plan.chunks, pieces, guesses, strict=True) if c.samples]
         if not wanted:
@@ -117,7 +150,8 @@ class Runner:
             for ahead in range(len(guessed) + 1)
         ]
         hidden = torch.cat([piece[-len(guessed) - 1 :] for _, piece, guessed in wanted])
-        drawn = iter(zip(*sample(self._model.logits(hidden), deciders), strict=True))
+        networks = [self._network(self.rows[c.id]) for c, _, guessed in wanted for _ in range(len(guessed) + 1)]
+        drawn = iter(zip(*sample(self._logits(hidden, networks), deciders), strict=True))
         sampled = []
         for chunk, _, guessed in wanted:
             own = [next(drawn) for _ in range(len(guessed) + 1)]
@@ -127,18 +161,18 @@ class Runner:
                 sampled.append(SampledToken(chunk.id, token, scores, state))
         return sampled
 
-    def _pool(self, plan: StepPlan, pieces: tuple[Tensor, ...]) -> dict[int, bytes]:
+    def _pool(self, plan: StepPlan, pieces: list[Tensor]) -> dict[int, bytes]:
         """The mean of a prompt's final hidden states, where that is wanted, once its last chunk has run."""
         pooled = {}
         for chunk, piece in zip(plan.chunks, pieces, strict=True):
             row = self.rows[chunk.id]
             if row.params.pooled:
-                row.hidden_sum = row.hidden_sum + self._model.final(piece).double().sum(0).cpu().numpy()
+                row.hidden_sum = row.hidden_sum + self._network(row).final(piece).double().sum(0).cpu().numpy()
                 if chunk.start + chunk.count == row.prompt_length:
                     pooled[chunk.id] = (row.hidden_sum / row.prompt_length).astype("<f4").tobytes()
         return pooled
 
-    def _score_prompts(self, plan: StepPlan, pieces: tuple[Tensor, ...]) -> list[PromptLogprobs]:
+    def _score_prompts(self, plan: StepPlan, pieces: list[Tensor]) -> list[PromptLogprobs]:
         scored = []
         for chunk, piece in zip(plan.chunks, pieces, strict=True):
             row = self.rows[chunk.id]
@@ -146,13 +180,35 @@ class Runner:
             stop = min(chunk.start + chunk.count, row.prompt_length - 1)
             if row.params.prompt_logprobs is not None and chunk.start < stop:
                 targets = torch.from_numpy(row.tokens[chunk.start + 1 : stop + 1]).to(self._device)
-                scores = self._score(piece[: stop - chunk.start], targets, row.params.prompt_logprobs)
+                network, top = self._network(row), row.params.prompt_logprobs
+                scores = _score(network, piece[: stop - chunk.start], targets, top)
                 scored.append(PromptLogprobs(chunk.id, chunk.start + 1, scores))
         return scored
 
-    def _score(self, hidden: Tensor, targets: Tensor, top: int) -> list[TokenLogprobs]:
-        """hidden: (rows, n_embd), targets: (rows,)."""
-        scores: list[TokenLogprobs] = []
-        for part, ids in zip(hidden.split(SCORED_ROWS), targets.split(SCORED_ROWS), strict=True):
-            scores += token_logprobs(self._model.logits(part), ids, [top] * len(ids))
-        return scores
+
+def _score(network: GPT2, hidden: Tensor, targets: Tensor, top: int) -> list[TokenLogprobs]:
+    """hidden: (rows, n_embd), targets: (rows,)."""
+    scores: list[TokenLogprobs] = []
+    for part, ids in zip(hidden.split(SCORED_ROWS), targets.split(SCORED_ROWS), strict=True):
+        scores += token_logprobs(network.logits(part), ids, [top] * len(ids))
+    return scores
+
+
+def _by_network(networks: list[GPT2]) -> list[tuple[GPT2, list[int]]]:
+    """Each network once, with the places it has in the list."""
+    places: dict[int, list[int]] = {}
+    for i, network in enumerate(networks):
+        places.setdefault(id(network), []).append(i)
+    return [(networks[own[0]], own) for own in places.values()]
+
+
+def _adapted(spans: list[Span], device: torch.device) -> list[AdaptedRows]:
+    """The rows of each adapter, where spans are laid end to end."""
+    adapters: dict[int, tuple[Adapter, list[int]]] = {}
+    at = 0
+    for span in spans:
+        adapter = None if span.row.variant is None else span.row.variant.adapter
+        if adapter is not None:
+            adapters.setdefault(id(adapter), (adapter, []))[1].extend(range(at, at + span.count))
+        at += span.count
+    return [AdaptedRows(adapter, torch.tensor(rows, device=device)) for adapter, rows in adapters.values()]

@@ -24,6 +24,7 @@ class NewSequence:
     prompt: list[int]
     output: list[int]
     params: SamplingParams
+    variant: str | None = None  # of the network, by its key; None for the network itself
 
 
 @dataclass(frozen=True, slots=True)

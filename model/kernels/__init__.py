@@ -265,6 +265,9 @@ class KernelOps:
     def linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         return self._kernels.pack_linear(weight, bias, self._storage)
 
+    def small_linear(self, weight: Tensor) -> PackedLinear:
+        return self._kernels.pack_linear(weight, None, Storage.FP32)
+
     def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> KernelNorm:
         return self._kernels.norm(self.place(weight), self.place(bias), epsilon)
 
@@ -323,7 +326,7 @@ class Forward:
         caches: Sequence[LayerCache],
         activation: Activation,
     ) -> None:
-        """caches: one for each layer; they stay where they are in memory as long as this lives."""
+        """caches: one for each layer, or more; they stay where they are in memory as long as this lives."""
         self._kernels = kernels
         self._embed = embed
         self._layers = layers
@@ -344,7 +347,7 @@ class Forward:
         hidden, normed, mixed = (torch.empty(rows, width) for _ in range(3))
         qkv, wide = torch.empty(rows, 3 * width), torch.empty(rows, _linear(self._layers[0].mlp_in).outputs)
         calls: list[tuple[structs.Op, structs.Call]] = [(structs.Op.EMBED, self._embed.call(hidden))]
-        for layer, cache in zip(self._layers, self._caches, strict=True):
+        for layer, cache in zip(self._layers, self._caches, strict=False):
             attention = structs.AttentionCall(structs.kv(cache), qkv.data_ptr(), mixed.data_ptr(), layer.scale)
             calls += [
                 (structs.Op.NORM, _norm(layer.norm_1).call(hidden, normed)),

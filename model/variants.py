@@ -1,0 +1,85 @@
+"""Models that are served beside the one that was asked for: LoRA adapters on it, and whole networks like it.
+
+All share its KV cache, so a network must have its width, heads and vocabulary, and no more layers; what was fine-tuned
+or distilled from it has. They are read when they are first used and kept, the latest used first, within a bound of
+memory. Knows nothing of requests or of who may use what.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Set
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from model.adapter_config import is_adapter
+from model.adapters import Adapter, read_adapter
+from model.config import ModelConfig, check_variant, read_config
+from model.errors import WeightsError
+from model.gpt2 import GPT2
+from model.ops import Ops
+from model.weights import expected_shapes, read_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    network: GPT2
+    adapter: Adapter | None
+    bytes: int
+
+
+class Variants:
+    """By key, of which none is ever used twice."""
+
+    def __init__(self, network: GPT2, ops: Ops, max_bytes: int) -> None:
+        """max_bytes: of those that are loaded; exceeded only while all of them are in use, or by a single one."""
+        self._network = network
+        self._ops = ops
+        self._max_bytes = max_bytes
+        self._directories: dict[str, Path] = {}
+        self._loaded: OrderedDict[str, Variant] = OrderedDict()  # least recently used first
+
+    def register(self, key: str, directory: Path) -> None:
+        self._directories[key] = directory
+
+    def use(self, key: str, in_use: Set[str]) -> Variant:
+        """Load it, or keep it a little longer. in_use: keys that may not be given up. Raises ModelError."""
+        if key not in self._directories:
+            raise WeightsError(f"no model {key} is known")
+        if key not in self._loaded:
+            self._loaded[key] = self._load(self._directories[key])
+            self._evict(in_use | {key})
+        self._loaded.move_to_end(key)
+        return self._loaded[key]
+
+    def get(self, key: str) -> Variant:
+        """One in use."""
+        return self._loaded[key]
+
+    def forget(self, key: str) -> None:
+        """Nobody uses it, and nobody will."""
+        self._directories.pop(key, None)
+        self._loaded.pop(key, None)
+
+    @property
+    def bytes(self) -> int:
+        return sum(variant.bytes for variant in self._loaded.values())
+
+    def _evict(self, kept: Set[str]) -> None:
+        for key in [key for key in self._loaded if key not in kept]:
+            if self.bytes <= self._max_bytes:
+                return
+            del self._loaded[key]
+
+    def _load(self, directory: Path) -> Variant:
+        if is_adapter(directory):
+            adapter = Adapter(read_adapter(directory, self._network.config)[1], self._ops)
+            return Variant(self._network, adapter, adapter.bytes)
+        config = read_config(directory)
+        check_variant(config, self._network.config)
+        return Variant(GPT2(config, read_weights(directory, config), self._ops), None, _bytes(config))
+
+
+def _bytes(config: ModelConfig) -> int:
+    return 4 * sum(map(prod, expected_shapes(config).values()))

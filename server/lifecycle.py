@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from model.config import ModelConfig, read_config
-from model.errors import ConfigError
+from model.errors import ConfigError, ModelError
 from model.tokenizer import Tokenizer, read_tokenizer
 from server import __version__
 from server.api.chat_template import ChatTemplate, read_chat_template
@@ -39,6 +39,7 @@ from server.engine.grammars import GrammarChecker, checker_command
 from server.engine.observer import Observer
 from server.engine.quota import TokenBuckets
 from server.engine.supervisor import Supervisor
+from server.engine.variants import Variants
 from server.errors import Draining, EngineError, SettingsError
 from server.http import BACKLOG, Edges, HTTPServer, http_server
 from server.metrics import Metrics
@@ -186,6 +187,8 @@ def assemble(settings: Settings) -> Backend:
     admission = Admission(settings.max_num_queued_reqs, settings.max_num_queued_tokens)
     per_minute = settings.max_tokens_per_minute
     buckets = None if per_minute is None else TokenBuckets(per_minute)
+    variants = _variants(settings.lora_modules, served, config)
+    served = replace(served, variants=variants)
     engine = Engine(
         tokenizer,
         admission,
@@ -194,6 +197,7 @@ def assemble(settings: Settings) -> Backend:
         buckets,
         request_timeout=settings.request_timeout,
         stall_timeout=settings.stall_timeout,
+        variants=variants,
     )
     command = checker_command(str(checkpoint.directory), config.vocab_size, config.eos_token_id)
     grammars = GrammarChecker(command) if tokenizer.byte_level else None
@@ -273,6 +277,23 @@ def _served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int
         max_model_len=max_model_len,
         fingerprint=_fingerprint(checkpoint, f"{settings.dtype} {settings.quantization} {settings.kv_cache_dtype}"),
     )
+
+
+def _variants(modules: list[str], served: ServedModel, config: ModelConfig) -> Variants:
+    """Raises SettingsError or ModelError."""
+    variants = Variants(config)
+    for module in modules:
+        name, separator, path = module.partition("=")
+        directory = Path(path).expanduser()
+        if not separator or not name or not directory.is_dir():
+            raise SettingsError(f"lora_modules: {module!r} is not name=directory")
+        if name in served.names:
+            raise SettingsError(f"lora_modules: {name!r} is a name of the model itself")
+        try:
+            variants.add(name, directory)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from None
+    return variants
 
 
 def _fingerprint(checkpoint: Checkpoint, formats: str) -> str:
@@ -355,6 +376,7 @@ def _start(settings: Settings, checkpoint: Checkpoint, config: ModelConfig, max_
         threads=settings.threads or max(cores // settings.workers, 1),
         drafts=0 if settings.speculative_method == "off" else settings.num_speculative_tokens,
         draft_model=_draft_model(settings.speculative_model, config, max_model_len),
+        variant_bytes=int(settings.lora_modules_gib * (1 << 30)) // settings.workers,
     )
 
 

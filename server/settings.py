@@ -52,6 +52,16 @@ class Settings(BaseSettings):
     max_model_len: int | None = _flag("model", "context length in tokens; default: the model's", None, ge=2)
     chat_template: str | None = _flag("model", "file of a Jinja template, which makes a prompt of a chat", None)
 
+    lora_modules: list[str] = _flag(
+        "model", "LoRA adapters, or fine-tuned models like the model, to serve beside it: name=directory", []
+    )
+    lora_modules_gib: float = _flag(
+        "model",
+        "memory for these, in GiB; those used least lately are given up, and read again when needed",
+        2.0,
+        gt=0,
+    )
+
     # Server
     host: str = _flag("server", "address to listen on", "127.0.0.1")
     port: int = _flag("server", "port to listen on; 0 takes a free one", 8000, ge=0, le=65535)

@@ -193,5 +193,7 @@ class GraphRunner:
 
 
 def _alone(row: Row) -> bool:
-    """Whether its steps have nothing to tell but tokens, and these can be decided on the device."""
-    return on_device(row.params) and row.params.prompt_logprobs is None and not row.params.pooled
+    """Whether its steps have nothing to tell but tokens, these can be decided on the device, by its graphs."""
+    return (
+        on_device(row.params) and row.params.prompt_logprobs is None and not row.params.pooled and row.variant is None
+    )

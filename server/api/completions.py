@@ -36,6 +36,7 @@ from server.api.sse import DONE, EventStream, event
 from server.engine.grammars import GrammarChecker
 from server.engine.output import TokenTexts
 from server.engine.request import Generation, GenerationEngine, GenerationRequest, Prompt
+from server.engine.variants import Variant
 from server.errors import InvalidRequest, ServerError
 
 log = logging.getLogger(__name__)
@@ -78,14 +79,14 @@ class CompletionService:
         params = await self._params(asked)
         explicit = asked.body.max_tokens is not None
         params = fit(prompts, params, self.limits, explicit=explicit, alike=asked.beam is not None)
-        call = self._call(asked, prompts, params, prefix, caller_of(request.scope))
+        call = self._call(asked, prompts, params, prefix, caller_of(request.scope), self.model.variant(name))
         generation = self.engine.submit(call)
         envelope = Envelope(
             id=call.id if asked.body.request_id is None else prefix + asked.body.request_id,
             object=shape.chunk_object if asked.body.stream else shape.whole_object,
             created=created,
             model=name,
-            fingerprint=self.model.fingerprint,
+            fingerprint=self.model.fingerprint_of(name),
         )
         answer = Answer(call, generation, envelope, shape, asked.stream_options, self.running)
         headers = {"openai-model": name}
@@ -115,7 +116,13 @@ class CompletionService:
         return replace(params, grammar=await self.grammars.compile(asked.structure))
 
     def _call(
-        self, asked: CompletionRequest, prompts: list[Prompt], params: SamplingParams, prefix: str, caller: Caller
+        self,
+        asked: CompletionRequest,
+        prompts: list[Prompt],
+        params: SamplingParams,
+        prefix: str,
+        caller: Caller,
+        variant: Variant | None,
     ) -> GenerationRequest:
         body = asked.body
         return GenerationRequest(
@@ -132,6 +139,7 @@ class CompletionService:
             tokens_as_ids=body.return_tokens_as_token_ids,
             priority=body.priority,
             salt=cache_salt(caller, body.cache_salt),
+            variant=variant,
             key_name=caller.name,
         )
 

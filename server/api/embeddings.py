@@ -24,6 +24,7 @@ from server.api.parsing import read_body_fields, read_object, unknown_fields
 from server.api.prompts import encode, read_prompts
 from server.api.schemas import EmbeddingBody, embedding_schema
 from server.engine.request import Generation, GenerationRequest, Prompt
+from server.engine.variants import Variant
 from server.errors import ContextLengthExceeded, InvalidRequest
 
 
@@ -74,7 +75,7 @@ async def answer_embedding(service: CompletionService, request: Request, engine_
     if longest > service.limits.max_model_len:
         raise ContextLengthExceeded(service.limits.max_model_len, longest, 0)
     caller = caller_of(request.scope)
-    call = _call(prompts, cache_salt(caller, None), caller.name)
+    call = _call(prompts, cache_salt(caller, None), service.model.variant(name), caller.name)
     generation = service.engine.submit(call)
     service.running.add(call.id)
     try:
@@ -94,11 +95,10 @@ async def answer_embedding(service: CompletionService, request: Request, engine_
     return Response(content, headers=headers, media_type="application/json")
 
 
-def _call(prompts: list[Prompt], salt: bytes, key_name: str) -> GenerationRequest:
+def _call(prompts: list[Prompt], salt: bytes, variant: Variant | None, key_name: str) -> GenerationRequest:
     params = SamplingParams(seed=0, max_tokens=0, pooled=True)
-    return GenerationRequest(
-        id=f"embd-{secrets.token_hex(14)}", prompts=prompts, params=params, salt=salt, key_name=key_name
-    )
+    id_ = f"embd-{secrets.token_hex(14)}"
+    return GenerationRequest(id=id_, prompts=prompts, params=params, salt=salt, variant=variant, key_name=key_name)
 
 
 async def _collect(generation: Generation, encoding: str) -> dict[int, str]:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
+from server.engine.variants import Variant, Variants
 from server.errors import ModelNotFound
 
 OWNER = "gpt2-server"
@@ -21,12 +22,23 @@ class ServedModel:
     root: str  # where it came from: an id or a folder's name, never a path
     max_model_len: int
     fingerprint: str  # one value for each (weights, dtype, code version)
+    variants: Variants | None = None  # models beside this one
 
     def resolve(self, asked: str) -> str:
         """The served name. None asked for means this one. Raises ModelNotFound."""
         if not asked or asked == self.name or asked in self.aliases:
             return self.name
+        if self.variant(asked) is not None:
+            return asked
         raise ModelNotFound(asked)
+
+    def variant(self, name: str) -> Variant | None:
+        """None for the model itself."""
+        return None if self.variants is None else self.variants.find(name)
+
+    def fingerprint_of(self, name: str) -> str:
+        variant = self.variant(name)
+        return self.fingerprint if variant is None else f"{self.fingerprint}-{variant.fingerprint}"
 
     def resolve_engine(self, asked: str) -> str:
         """As in a path: openai 0.28 writes spaces as pluses there."""
@@ -37,16 +49,18 @@ class ServedModel:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (self.name, *(alias for alias in self.aliases if alias != self.name))
+        beside = () if self.variants is None else self.variants.names
+        return (self.name, *(alias for alias in self.aliases if alias != self.name), *beside)
 
 
 def model_object(model: ServedModel, name: str) -> dict[str, Any]:
+    variant = model.variant(name)
     return {
         "id": name,
         "object": "model",
-        "created": model.created,
+        "created": model.created if variant is None else variant.created,
         "owned_by": OWNER,
-        "root": model.root,
+        "root": model.root if variant is None else variant.directory.name,
         "parent": None if name == model.name else model.name,
         "max_model_len": model.max_model_len,
         "permission": [],

@@ -35,7 +35,7 @@ class Candidate:
         """What best_of ranks by."""
         return self._logprob_sum / max(len(self.tokens), 1)
 
-    def add_message(self, priority: int, salt: bytes) -> Add:
+    def add_message(self, priority: int, salt: bytes, variant: str | None = None) -> Add:
         """What a worker needs to compute the rest of it."""
         return Add(
             id=self.id,
@@ -44,6 +44,7 @@ class Candidate:
             output=list(self.tokens),
             priority=priority,
             salt=salt,
+            variant=variant,
         )
 
     def take(self, said: SequenceOutput) -> Iterator[ChoiceDelta]:

@@ -11,6 +11,7 @@ import itertools
 import logging
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ from server.engine.quarantine import Quarantine
 from server.engine.quota import TokenBuckets
 from server.engine.request import GenerationRequest, Prompt
 from server.engine.router import Router
+from server.engine.variants import Variant, Variants
 from server.errors import (
     DeadlineExceeded,
     Draining,
@@ -35,7 +37,7 @@ from server.errors import (
     WorkerKilled,
 )
 from server.worker.channel import EngineChannel
-from server.worker.messages import Abort, Ready, Refused, Sleep, Slept, Step, WakeUp
+from server.worker.messages import Abort, Loaded, Ready, Refused, Sleep, Slept, Step, Unload, WakeUp
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Engine:
         *,
         request_timeout: float,
         stall_timeout: float,
+        variants: Variants,
     ) -> None:
         """Timeouts in seconds: for a whole request; and without a step of any worker while there is work."""
         self._tokenizer = tokenizer
@@ -66,6 +69,7 @@ class Engine:
         self._channels: dict[int, EngineChannel] = {}  # of the workers that run, by number
         self._router = Router(workers)
         self._quarantine = Quarantine()
+        self.variants = variants
         self._request_timeout = request_timeout
         self._stall_timeout = stall_timeout
         self._last_step = 0.0  # when, or when work came after there was none
@@ -124,9 +128,12 @@ class Engine:
         for id_ in self._quarantine.admit(ids) if self._channels else ():
             candidate, generation = self._running[id_]
             request = generation.request
-            candidate.worker = self._router.choose(candidate.prompt.token_ids, request.salt)
+            variant = request.variant
+            salt = request.salt if variant is None else request.salt + variant.salt
+            candidate.worker = self._router.choose(candidate.prompt.token_ids, salt)
             assert candidate.worker is not None
-            self._channels[candidate.worker].send(candidate.add_message(request.priority, request.salt))
+            message = candidate.add_message(request.priority, salt, None if variant is None else variant.key)
+            self._channels[candidate.worker].send(message)
 
     def _send_waiting(self) -> None:
         self._send([id_ for id_, (candidate, _) in self._running.items() if candidate.worker is None])
@@ -218,6 +225,8 @@ class Engine:
         self._observer.worker_ready(worker, ready)
         self._router.joined(worker, ready.num_blocks, ready.block_size)
         self.worker = ready
+        for variant in self.variants:
+            channel.send(variant.load)
         if self._sleep_level is not None and self.idle:
             channel.send(Sleep(self._sleep_level))
         self._send_waiting()
@@ -257,7 +266,13 @@ class Engine:
         if candidate is not None and generation is not None:
             self._router.ended(worker)
             candidate.worker = None
-            self._fail(generation, EngineError("The engine has no room for this request."))
+            reason = "can no longer read this model" if refused.unloadable else "has no room for this request"
+            self._fail(generation, EngineError(f"The engine {reason}."))
+
+    def worker_loaded(self, worker: int, loaded: Loaded) -> None:
+        if loaded.error is not None:
+            log.error("a model cannot be loaded", extra={"key": loaded.key, "reason": loaded.error})
+        self.variants.tell(loaded)
 
     def worker_slept(self, worker: int, slept: Slept) -> None:
         if slept.asleep:
@@ -279,6 +294,31 @@ class Engine:
             log.error("a request has killed worker after worker", extra={"id": lost[killer][1].request.id})
             self._fail(lost[killer][1], WorkerKilled("The engine crashed whenever it worked on this request."))
         self._send_waiting()
+
+    # === Models beside the model ===
+
+    async def add_variant(self, name: str, directory: Path) -> Variant:
+        """Serve an adapter on the model, or a model like it, by this name. Returns once all workers have it.
+
+        Raises Overloaded while workers sleep, and ModelError where the name is taken or the files cannot be served.
+        """
+        if self.asleep:
+            raise Overloaded("The server is asleep; an operator has to wake it up (POST /wake_up).")
+        variant = self.variants.add(name, directory)
+        try:
+            for channel in self._channels.values():
+                channel.send(variant.load)
+            await self.variants.loaded(variant, len(self._channels))
+        except BaseException:
+            self.remove_variant(name)
+            raise
+        return variant
+
+    def remove_variant(self, name: str) -> None:
+        """No new request can ask for it; those that run finish."""
+        variant = self.variants.remove(name)
+        for channel in self._channels.values():
+            channel.send(Unload(variant.key))
 
     # === Sleep ===
 

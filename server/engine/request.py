@@ -8,6 +8,7 @@ from typing import Protocol
 
 from model.sampling_params import SamplingParams
 from model.step import TokenLogprobs
+from server.engine.variants import Variant
 from server.worker.messages import FinishReason
 
 
@@ -48,6 +49,7 @@ class GenerationRequest:
     tokens_as_ids: bool = False  # logprob rows name tokens "token_id:N"
     priority: int = 0
     salt: bytes = b""
+    variant: Variant | None = None  # of the model; None for the model itself
     key_name: str = ""  # whose request it is, for metrics and per-key limits; "" without keys
 
 

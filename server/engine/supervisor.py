@@ -14,7 +14,7 @@ from typing import Protocol
 
 from server.engine.heartbeat import Heartbeat
 from server.worker.channel import EngineChannel
-from server.worker.messages import Failed, Ready, Refused, Shutdown, Slept, Start, Step
+from server.worker.messages import Failed, Loaded, Ready, Refused, Shutdown, Slept, Start, Step
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class Listener(Protocol):
     def worker_ready(self, worker: int, ready: Ready, channel: EngineChannel) -> None: ...
     def worker_step(self, worker: int, step: Step) -> None: ...
     def worker_refused(self, worker: int, refused: Refused) -> None: ...
+    def worker_loaded(self, worker: int, loaded: Loaded) -> None: ...
     def worker_slept(self, worker: int, slept: Slept) -> None: ...
     def worker_lost(self, worker: int) -> None: ...
 
@@ -112,6 +113,8 @@ class Supervisor:
                     self._listener.worker_step(self._worker, message)
                 case Refused():
                     self._listener.worker_refused(self._worker, message)
+                case Loaded():
+                    self._listener.worker_loaded(self._worker, message)
                 case Slept():
                     self._listener.worker_slept(self._worker, message)
                 case Failed():

@@ -12,9 +12,11 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 from model.errors import ModelError
 from model.gpu import cuda
+from model.variants import Variants
 from server import logs
 from server.worker.budget import PREFILL_LEAST, BudgetController
 from server.worker.channel import WorkerChannel
@@ -22,6 +24,8 @@ from server.worker.messages import (
     Abort,
     Add,
     Failed,
+    Load,
+    Loaded,
     Ready,
     Refused,
     SequenceOutput,
@@ -31,6 +35,7 @@ from server.worker.messages import (
     Start,
     Step,
     ToWorker,
+    Unload,
     WakeUp,
     Work,
 )
@@ -41,6 +46,7 @@ from server.worker.parts import (
     make_runner,
     make_scheduler,
     make_speculation,
+    make_variants,
 )
 from server.worker.pipeline import Pipeline
 
@@ -59,10 +65,13 @@ class Worker:
         self._channel = channel
         self._networks: Networks | None = networks  # None in deep sleep
         self._num_blocks = count_blocks(start, networks)
+        self._variants: Variants | None = make_variants(start, networks)  # None in deep sleep
+        self._known: dict[str, Path] = {}  # directories of variants, by key
+        self._leaving: set[str] = set()
         self._speculation = make_speculation(start, networks)
         self._scheduler = make_scheduler(start, networks, self._num_blocks, self._speculation)
         # None in any sleep
-        self._pipeline: Pipeline | None = Pipeline(self._scheduler, make_runner(start, networks, self._num_blocks))
+        self._pipeline: Pipeline | None = self._make_pipeline(networks, self._variants)
         self._budget = _budget(start)
         if self._budget is not None:
             self._scheduler.token_budget = self._budget.budget
@@ -75,6 +84,9 @@ class Worker:
                 load_seconds=time.perf_counter() - began,
             )
         )
+
+    def _make_pipeline(self, networks: Networks, variants: Variants) -> Pipeline:
+        return Pipeline(self._scheduler, make_runner(self._start, networks, self._num_blocks, variants))
 
     def loop(self) -> None:
         """Until Shutdown. Raises EOFError or ConnectionError when the api process is gone."""
@@ -95,6 +107,10 @@ class Worker:
             case Abort():
                 for id_ in message.ids:
                     self._scheduler.abort(id_)
+            case Load():
+                self._load(message)
+            case Unload():
+                self._unload(message.key)
             case Sleep():
                 self._sleep(deep=message.level == 2)
             case WakeUp():
@@ -104,7 +120,34 @@ class Worker:
             case Start():
                 raise AssertionError("a worker is started once")
 
+    def _load(self, message: Load) -> None:
+        assert self._variants is not None, "a model for a worker that sleeps"
+        self._known[message.key] = Path(message.directory)
+        self._variants.register(message.key, self._known[message.key])
+        try:
+            self._variants.use(message.key, self._scheduler.variants)
+        except ModelError as error:
+            self._channel.send(Loaded(message.key, str(error)))
+        else:
+            self._channel.send(Loaded(message.key))
+
+    def _unload(self, key: str) -> None:
+        """At once, or with the next one once nothing runs of it."""
+        self._leaving.add(key)
+        assert self._variants is not None
+        for gone in self._leaving - self._scheduler.variants:
+            self._variants.forget(gone)
+            self._known.pop(gone, None)
+            self._leaving.discard(gone)
+
     def _add(self, message: Add) -> None:
+        if message.variant is not None:
+            assert self._variants is not None, "work for a worker that sleeps"
+            try:
+                self._variants.use(message.variant, self._scheduler.variants)
+            except ModelError:
+                self._channel.send(Refused(message.id, unloadable=True))
+                return
         try:
             self._scheduler.add(message)
         except ValueError:  # no reason to end for all the others
@@ -116,16 +159,20 @@ class Worker:
         self._pipeline = None
         if deep:
             self._networks = None
+            self._variants = None
         gc.collect()
         cuda.release()
         self._channel.send(Slept(True))
 
     def _wake_up(self) -> None:
         """Raises ModelError where the weights have to be read again and cannot be."""
-        if self._networks is None:
+        if self._networks is None or self._variants is None:
             self._networks = load_networks(self._start)
+            self._variants = make_variants(self._start, self._networks)
+            for key, directory in self._known.items():
+                self._variants.register(key, directory)
         if self._pipeline is None:
-            self._pipeline = Pipeline(self._scheduler, make_runner(self._start, self._networks, self._num_blocks))
+            self._pipeline = self._make_pipeline(self._networks, self._variants)
         self._channel.send(Slept(False))
 
     @property

@@ -36,6 +36,7 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     threads: int
     drafts: int = 0  # the longest run of guesses; 0 for none
     draft_model: str | None = None  # the checkpoint that guesses; None looks them up in the text so far
+    variant_bytes: int = 0  # memory for models beside this one; see Load
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):
@@ -46,11 +47,28 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     params: SamplingParams
     output: list[int] = []
     priority: int = 0  # lower runs first
-    salt: bytes = b""  # prefix-cache entries are shared only among equal salts
+    salt: bytes = b""  # prefix-cache entries are shared only among equal salts; those of a variant differ from others'
+    variant: str | None = None  # the key of a Load before; None for the model itself
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
     ids: list[int]
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """A model to be served beside the worker's own: a LoRA adapter on it, or a whole one like it. Answered by Loaded.
+
+    It may be given up for others that are used more lately, and is read again when it is asked for.
+    """
+
+    key: str  # never used for another
+    directory: str
+
+
+class Unload(msgspec.Struct, frozen=True, tag="unload"):
+    """Nothing will ask for it any more; what runs of it may end."""
+
+    key: str
 
 
 class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
@@ -67,7 +85,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     pass
 
 
-ToWorker = Start | Add | Abort | Sleep | WakeUp | Shutdown
+ToWorker = Start | Add | Abort | Load | Unload | Sleep | WakeUp | Shutdown
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -136,6 +154,12 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """A sequence that this worker could never run; it has forgotten it."""
 
     id: int
+    unloadable: bool = False  # because its variant cannot be read any more
+
+
+class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
+    key: str
+    error: str | None = None  # why it cannot be: one line
 
 
 class Slept(msgspec.Struct, frozen=True, tag="slept"):
@@ -151,4 +175,4 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     exit_code: int
 
 
-FromWorker = Ready | Step | Refused | Slept | Failed
+FromWorker = Ready | Step | Refused | Loaded | Slept | Failed

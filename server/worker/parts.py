@@ -17,9 +17,11 @@ from model.grammar import Grammars, Vocabulary
 from model.kernels import KernelOps
 from model.kv_cache import KVCache
 from model.loading import choose_device, choose_dtype, choose_kv_dtype, load_model
+from model.ops import Ops
 from model.runner import Runner
 from model.speculative import Drafter, DraftModel, PromptLookup
 from model.tokenizer import read_tokenizer
+from model.variants import Variants
 from model.weights import expected_shapes
 from server.worker.block_pool import BlockPool
 from server.worker.memory import pool_size
@@ -36,6 +38,7 @@ class Networks:
     kv_dtype: torch.dtype
     network: GPT2
     draft: GPT2 | None
+    ops: Ops
     backend: str
 
     @property
@@ -55,7 +58,9 @@ def load_networks(start: Start) -> Networks:
         draft, _ = load_model(Path(start.draft_model), *formats, deterministic=start.deterministic)
     if isinstance(ops, KernelOps):  # they have threads of their own, with which PyTorch's would fight for the cores
         torch.set_num_threads(1)
-    return Networks(device, choose_kv_dtype(start.kv_cache_dtype, ops), network, draft, f"{device}, {ops.describe()}")
+    return Networks(
+        device, choose_kv_dtype(start.kv_cache_dtype, ops), network, draft, ops, f"{device}, {ops.describe()}"
+    )
 
 
 def count_blocks(start: Start, networks: Networks) -> int:
@@ -71,10 +76,14 @@ def count_blocks(start: Start, networks: Networks) -> int:
     )
 
 
-def make_runner(start: Start, networks: Networks, num_blocks: int) -> Runner | GraphRunner:
+def make_variants(start: Start, networks: Networks) -> Variants:
+    return Variants(networks.network, networks.ops, start.variant_bytes)
+
+
+def make_runner(start: Start, networks: Networks, num_blocks: int, variants: Variants) -> Runner | GraphRunner:
     """With KV pools of its own, all zeros. Raises DeviceError where a GPU has no room for them."""
     try:
-        return _make_runner(start, networks, num_blocks)
+        return _make_runner(start, networks, num_blocks, variants)
     except cuda.OutOfMemoryError as error:
         raise DeviceError(
             f"{cuda.describe(networks.device)} has too little free memory for a KV cache of {num_blocks} blocks; "
@@ -82,7 +91,7 @@ def make_runner(start: Start, networks: Networks, num_blocks: int) -> Runner | G
         ) from error
 
 
-def _make_runner(start: Start, networks: Networks, num_blocks: int) -> Runner | GraphRunner:
+def _make_runner(start: Start, networks: Networks, num_blocks: int, variants: Variants) -> Runner | GraphRunner:
     graphs = networks.device.type == "cuda" and not start.drafts  # guesses are verified by the plain runner
 
     def make_cache(network: GPT2) -> KVCache:  # with graphs, one block more: where rows that pad a batch write
@@ -94,7 +103,15 @@ def _make_runner(start: Start, networks: Networks, num_blocks: int) -> Runner | 
         drafter = PromptLookup() if draft is None else DraftModel(draft, make_cache(draft), networks.device)
     network, cache = networks.network, make_cache(networks.network)
     grammars = Grammars(lambda: _vocabulary(Path(start.model)))
-    plain = Runner(network, cache, networks.device, start.max_model_len, drafter=drafter, grammars=grammars)
+    plain = Runner(
+        network,
+        cache,
+        networks.device,
+        start.max_model_len,
+        drafter=drafter,
+        grammars=grammars,
+        variants=variants,
+    )
     if not graphs:
         return plain
     runner = GraphRunner(

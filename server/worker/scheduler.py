@@ -301,6 +301,11 @@ class Scheduler:
         return not self._sequences
 
     @property
+    def variants(self) -> set[str]:
+        """Keys of those that something here asks for."""
+        return {sequence.variant for sequence in self._sequences.values() if sequence.variant is not None}
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 
@@ -335,7 +340,7 @@ class Scheduler:
 
 def _for_runner(sequence: Sequence) -> NewSequence:
     prompt, output = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
-    return NewSequence(sequence.id, prompt, output, sequence.params)
+    return NewSequence(sequence.id, prompt, output, sequence.params, sequence.variant)
 
 
 def _told(sequence: Sequence, samples: list[SampledToken], rows: PromptLogprobs | None) -> list[SequenceOutput]:

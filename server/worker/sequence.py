@@ -33,6 +33,7 @@ class Sequence:
     stop_tokens: frozenset[int]
     rank: tuple[int, int]  # the lowest runs first and is preempted last
     salt: bytes
+    variant: str | None = None
 
     status: Status = Status.WAITING
     computed: int = 0  # their keys and values are in the blocks, once the plans in flight have run
@@ -60,6 +61,7 @@ class Sequence:
             stop_tokens=frozenset(params.stop_token_ids) | (set() if params.ignore_eos else {eos_token_id}),
             rank=rank,
             salt=message.salt,
+            variant=message.variant,
             scored=length if params.prompt_logprobs is None else 1,  # a prompt's first token has no score
         )
 

@@ -239,7 +239,7 @@ def test_damaged_tensors_are_refused(base: tuple[Path, GPT2LMHeadModel], adapter
     name = next(iter(tensors))
     for changed, message in (
         ({**tensors, name: torch.full_like(tensors[name], torch.nan)}, "NaN"),
-        ({**tensors, "base_model.model.lm_head.lora_A.weight": tensors[name]}, "no LoRA matrix"),
+        ({**tensors, "base_model.model.lm_head.lora_A.weight": tensors[name].clone()}, "no LoRA matrix"),
         ({key: tensor for key, tensor in tensors.items() if key != name}, "one matrix"),
     ):
         save_file(changed, tmp_path / "adapter_model.safetensors")

@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from model.byte_level import ByteLevelTokenizer
+from model.config import read_config
+from model.errors import ModelError
 from model.sampling_params import SamplingParams
+from server.checkpoint import EMBEDDED
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.generation import RunningGeneration
 from server.engine.observer import Observer
 from server.engine.request import GenerationRequest, Prompt
+from server.engine.variants import Variant, Variants
 from server.errors import DeadlineExceeded, EngineError, Overloaded, WorkerKilled
 from server.metrics import Metrics
-from server.worker.messages import Abort, Add, Ready, Refused, SequenceOutput, Stats, Step, ToWorker
+from server.worker.messages import (
+    Abort,
+    Add,
+    Load,
+    Loaded,
+    Ready,
+    Refused,
+    SequenceOutput,
+    Stats,
+    Step,
+    ToWorker,
+    Unload,
+)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """Its description; the weights nobody here looks at."""
+    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["c_attn"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    return tmp_path
 
 
 @dataclass
@@ -43,6 +70,10 @@ class Worker:
     def aborted(self) -> list[int]:
         return [id_ for message in self.told if isinstance(message, Abort) for id_ in message.ids]
 
+    @property
+    def loads(self) -> list[Load]:
+        return [message for message in self.told if isinstance(message, Load)]
+
     def says(self, *ids: int) -> None:
         """A token for each of these."""
         stats = Stats(len(ids), 0, 0, 0, 64, 0, 0, 0, 0, 0, [])
@@ -55,17 +86,27 @@ def make_engine(request_timeout: float = 60, stall_timeout: float = 60, queued: 
     )
     observer = Observer(Metrics("m", "0"))
     admission = Admission(queued, 1 << 16)
-    return Engine(tokenizer, admission, observer, request_timeout=request_timeout, stall_timeout=stall_timeout)
+    return Engine(
+        tokenizer,
+        admission,
+        observer,
+        request_timeout=request_timeout,
+        stall_timeout=stall_timeout,
+        variants=Variants(read_config(EMBEDDED)),
+    )
 
 
-def ask(engine: Engine, n: int = 1) -> RunningGeneration:
+def ask(engine: Engine, n: int = 1, variant: Variant | None = None) -> RunningGeneration:
     params = SamplingParams(seed=1, max_tokens=9, ignore_eos=True)
-    return engine.submit(GenerationRequest(id="cmpl-x", prompts=[Prompt([1, 2], "")], params=params, n=n, best_of=n))
+    return engine.submit(
+        GenerationRequest(id="cmpl-x", prompts=[Prompt([1, 2], "")], params=params, n=n, variant=variant, best_of=n)
+    )
 
 
-def engine_test(body: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    def run() -> None:
-        asyncio.run(body())
+def engine_test(body: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @wraps(body)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(body(**fixtures))
 
     return run
 
@@ -179,3 +220,47 @@ async def test_retry_after_is_what_the_queue_takes_at_the_speed_measured() -> No
     with pytest.raises(Overloaded) as refused:
         ask(engine)
     assert refused.value.retry_after == 4.0  # four tokens wait, and nothing was computed yet: one a second
+
+
+@engine_test
+async def test_a_model_beside_the_model_is_served_once_every_worker_has_it(adapter: Path) -> None:
+    engine = make_engine()
+    workers = [Worker(engine), Worker(engine, 1)]
+    adding = asyncio.create_task(engine.add_variant("mine", adapter))
+    await asyncio.sleep(0)
+    (load,) = workers[0].loads
+    assert workers[1].loads == [load]
+    engine.worker_loaded(0, Loaded(load.key))
+    await asyncio.sleep(0)
+    assert not adding.done()
+    engine.worker_loaded(1, Loaded(load.key))
+    variant = await adding
+    generation, plain = ask(engine, variant=variant), ask(engine)
+    messages = [each for worker in workers for each in worker.told if isinstance(each, Add)]
+    assert sorted((each.variant or "", bool(each.salt)) for each in messages) == [("", False), (load.key, True)]
+    engine.worker_lost(0)
+    assert Worker(engine).told[0] == load  # before anything that needs it
+    engine.remove_variant("mine")
+    assert workers[1].told[-1] == Unload(load.key)
+    assert engine.variants.find("mine") is None
+    for each in (generation, plain):
+        await each.aclose()
+
+
+@engine_test
+async def test_a_model_that_a_worker_cannot_load_is_not_served(adapter: Path) -> None:
+    engine = make_engine()
+    worker = Worker(engine)
+    adding = asyncio.create_task(engine.add_variant("mine", adapter))
+    await asyncio.sleep(0)
+    engine.worker_loaded(0, Loaded(worker.loads[0].key, "the adapter does not fit the model"))
+    with pytest.raises(ModelError, match="does not fit"):
+        await adding
+    assert engine.variants.find("mine") is None
+    assert worker.told[-1] == Unload(worker.loads[0].key)
+    again = asyncio.create_task(engine.add_variant("mine", adapter))
+    await asyncio.sleep(0)
+    assert worker.loads[1].key != worker.loads[0].key
+    with pytest.raises(ModelError, match="served already"):
+        await engine.add_variant("mine", adapter)
+    again.cancel()

@@ -15,6 +15,8 @@ COMMANDS = {
     "bench": "load a server, and say how fast it answers",
     "fetch": "bring a model here from the Hugging Face Hub",
     "check": "say what a model is and needs, or why it cannot be served",
+    "fine-tune": "train a model, or an adapter for it, on examples",
+    "distill": "train a smaller model to say what a larger one would",
     "completion": "print a script that completes commands and flags in a shell",
     "healthcheck": "ask a running server whether it is well",
 }

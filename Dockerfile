@@ -54,7 +54,13 @@ ENTRYPOINT ["gpt2-server"]
 CMD ["serve"]
 
 FROM runtime AS cuda
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Triton compiles a small launcher for each of its kernels at the first start, and keeps it in the volume.
+USER 0:0
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility TRITON_CACHE_DIR=/models/.triton
 COPY --from=build-cuda /opt/gpt2-server /opt/gpt2-server
 
 FROM runtime AS cpu

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 FLAGS = ["--threads=1", "--workers=2", "--max-num-seqs=2", "--max-num-queued-reqs=1", "--speculative-method=ngram"]
 CALLERS = 8
-VARIABLES = {"$job": ".*", "$model_name": ".*", "$instance": ".*", "$__rate_interval": "1m"}
+VARIABLES = {"$job": ".*", "$model_name": ".*", "$instance": ".*", "$__rate_interval": "5m"}
 # A stream of one token after another, all alike: guesses come true.
 WORK = {"prompt": [11, 12, 13] * 20, "max_tokens": 24, "logit_bias": {"11": 80}, "temperature": 0, "n": 2}
 
@@ -35,6 +35,7 @@ def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     with serving(tiny, *FLAGS) as server:
         target = server.url.removeprefix("http://")
         with prometheus(tmp_path_factory.mktemp("prometheus"), [target]) as watching:
+            watching.wait_until(lambda: watching.query("sum(gpt2_engine_up) == 2"), 20)  # else first events go unseen
             yield server, watching
 
 

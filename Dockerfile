@@ -13,8 +13,10 @@ ENV PATH=/opt/gpt2-server/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_C
 WORKDIR /src
 # What changes seldom comes first: the dependencies stay in the build cache until pyproject.toml changes.
 COPY pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-    > requirements.txt
+ARG EXTRAS="otel tokenizers"
+RUN python -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    extras = [project['optional-dependencies'][each] for each in os.environ['EXTRAS'].split()]; \
+    print(*project['dependencies'], *sum(extras, []), sep='\n')" > requirements.txt
 
 FROM build AS build-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

@@ -48,3 +48,9 @@ def test_the_tables_of_metrics_and_alerts_are_those_of_the_code() -> None:
     command = [sys.executable, "scripts/document_metrics.py", "--print"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert made.stdout == page.read_text("utf-8")
+
+
+def test_every_alert_has_a_paragraph() -> None:
+    alerts = re.findall(r"^      - alert: (\w+)$", (ROOT / "docker" / "alerts.yml").read_text("utf-8"), re.MULTILINE)
+    told = re.findall(r"^### (\w+)$", (ROOT / "docs" / "operations.md").read_text("utf-8"), re.MULTILINE)
+    assert told == alerts

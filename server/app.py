@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from model.tokenizer import Tokenizer
-from server.api.auth import OPEN_PATHS, AuthMiddleware
+from server.api.auth import OPEN_PATHS, AuthMiddleware, OriginMiddleware
 from server.api.chat import chat_routes
 from server.api.chat_template import ChatTemplate
 from server.api.completions import CompletionService, completion_routes
@@ -40,6 +40,7 @@ EXPOSED_HEADERS = (
 FAILURES: dict[int | str, str] = {
     400: "The request is wrong",
     401: "No key, or a wrong one",
+    403: "A web page of an origin that is not let in",
     404: "No such model or URL",
     405: "No such method here",
     408: "The body did not arrive in time",
@@ -109,6 +110,7 @@ def create_app(
         open_paths |= PLAYGROUND_FILES.keys()
     if keys is not None:  # what is added last stands outermost
         app.add_middleware(AuthMiddleware, keys=keys, open_paths=open_paths)
+    app.add_middleware(OriginMiddleware, allowed=frozenset(cors_origins))
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

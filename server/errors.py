@@ -50,6 +50,10 @@ class Unauthorized(RequestError):
     pass
 
 
+class Forbidden(RequestError):
+    """Nobody may, whatever the key."""
+
+
 class NotFound(RequestError):
     pass
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import error_response
 from server.api.keys import Caller, Keyring
-from server.errors import Unauthorized
+from server.errors import Forbidden, Unauthorized
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 MISSING = (
@@ -49,6 +49,27 @@ class AuthMiddleware:
             return
         scope["caller"] = caller
         await self._app(scope, receive, send)
+
+
+class OriginMiddleware:
+    """A page of another origin does nothing here unless its origin is let in, not even blindly.
+
+    Browsers say so of what they send to this machine or over TLS, in a header that no page can change.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Set[str]) -> None:
+        self._app = app
+        self._allowed = allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and scope["method"] == "POST" and self._is_strange(dict(scope["headers"])):
+            app = error_response(Forbidden("Pages of this origin are not let in."))
+        await app(scope, receive, send)
+
+    def _is_strange(self, headers: Mapping[bytes, bytes]) -> bool:
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        return headers.get(b"sec-fetch-site") == b"cross-site" and not self._allowed & {"*", origin}
 
 
 def _sent_key(scope: Scope) -> bytes:

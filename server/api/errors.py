@@ -16,6 +16,7 @@ from server.errors import (
     DeadlineExceeded,
     Draining,
     EngineError,
+    Forbidden,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -30,6 +31,7 @@ from server.errors import (
 STATUS: dict[type[ServerError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
     Unauthorized: (401, "invalid_request_error"),
+    Forbidden: (403, "invalid_request_error"),
     NotFound: (404, "invalid_request_error"),
     MethodNotAllowed: (405, "invalid_request_error"),
     BodyTimeout: (408, "invalid_request_error"),

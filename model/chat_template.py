@@ -1,40 +1,80 @@
-"""A model's chat template: Jinja source, run in a sandbox, that turns messages into one text. Imports no torch."""
+"""A chat template: messages to one text. Run as transformers runs it, in Jinja's sandbox. Imports no torch.
+
+The template is the operator's and never a client's: what clients send is data that it is filled with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.errors import TemplateRefused
 
-ChatTemplate = Callable[[Sequence[Mapping[str, Any]], bool], str]  # messages, and whether the assistant speaks next
+SHOWN = 200  # characters of what a template says in its own words
 
 
-def compile_template(source: str, eos_token: str) -> ChatTemplate:
-    """Raises TemplateRefused here where it is no template, and when it is used where it refuses the messages."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+class _Said(jinja2.TemplateError):
+    """By the template itself, with raise_exception."""
 
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
 
-    try:
-        template = environment.from_string(source)
-    except TemplateError as error:
-        raise TemplateRefused(f"the chat template is not one: {error}") from None
+class _Generation(Extension):
+    """{% generation %} marks for trainers what an assistant said. Here it marks nothing."""
 
-    def render(messages: Sequence[Mapping[str, Any]], assistant_next: bool) -> str:
+    tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    def __init__(self, source: str, *, bos_token: str, eos_token: str) -> None:
+        """Raises TemplateRefused where it is no template."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
         try:
-            return template.render(
-                messages=messages,
-                add_generation_prompt=assistant_next,
-                eos_token=eos_token,
-                bos_token=eos_token,
-                raise_exception=refuse,
-            )
-        except Exception as error:  # a template may do anything that an expression can
-            raise TemplateRefused(f"the chat template refuses the messages: {str(error)[:200]}") from None
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateRefused(f"the chat template is wrong in line {error.lineno}: {error.message}") from None
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
-    return render
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        """messages: role, content, and name where there is one. Raises TemplateRefused where it does not take them."""
+        try:
+            return self._template.render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._tokens,
+            )
+        except _Said as error:
+            said = "".join(c if c.isprintable() else " " for c in str(error.message)[:SHOWN])
+            raise TemplateRefused(f"The chat template refuses these messages: {said}") from None
+        except Exception:  # whatever an expression of the template's may raise on what a client sent
+            raise TemplateRefused("The chat template cannot be filled with these messages.") from None
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+    """Jinja's own escapes what HTML would mind."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise _Said(message)
+
+
+def _strftime_now(shape: str) -> str:
+    return datetime.now().strftime(shape)

@@ -129,7 +129,8 @@ def _chat(messages: Any, template: ChatTemplate | None) -> list[Piece]:
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or message.get("weight", 1) == 0:
             continue
-        before, after = template(messages[:i], True), template(messages[: i + 1], False)
+        before = template.render(messages[:i], add_generation_prompt=True)
+        after = template.render(messages[: i + 1], add_generation_prompt=False)
         if not before.startswith(done) or not after.startswith(before):
             raise _BadLineError("the chat template does not render a dialogue from its start to its end")
         pieces += [(before[len(done) :], False), (after[len(before) :], True)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from model.adapter_config import AdapterConfig, sites_of
-from model.chat_template import compile_template
+from model.chat_template import ChatTemplate
 from model.config import ModelConfig, read_config
 from model.errors import ConfigError
 from model.loading import choose_device
@@ -22,14 +22,15 @@ from model.training.job import Job, Shape
 from model.training.lora import add_lora, export_lora, load_lora, merge_lora, merged_weights
 from model.training.network import Network
 from model.training.tuner import Objective, Recipe, Tuner, cross_entropy
+from model.unigram import SPIECE_NAMES
 
 RATES = {"full": 5e-5, "lora": 3e-4, "output_layer": 2e-4}  # at GPT-2's width; narrower networks bear more
 FROM_SCRATCH_RATE = 6e-4
 DISTILLATION_RATE = 2.5e-4
 GPT2_WIDTH = 768
 TOKENIZER_FILES = (
-    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "generation_config.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "tokenizer.json", "vocab.txt", *SPIECE_NAMES, "tokenizer_config.json",
+    "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
 
 
@@ -53,7 +54,9 @@ def prepare(job: Job) -> Prepared:
     tokenizer = read_tokenizer(base, config.vocab_size, config.eos_token_id)
     torch.manual_seed(job.hyperparameters.seed)
     network, adapter = _network(job, config)
-    template = None if job.chat_template is None else compile_template(job.chat_template, tokenizer.eos_token)
+    template = None
+    if job.chat_template is not None:
+        template = ChatTemplate(job.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
     context = network.config.n_positions
     examples = read_examples(Path(job.train), tokenizer, context, template)
     valid = [] if job.valid is None else read_examples(Path(job.valid), tokenizer, context, template)

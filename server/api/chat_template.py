@@ -1,75 +1,33 @@
-"""The operator's chat template: messages to one text. Run as transformers runs it, in Jinja's sandbox.
-
-The file is the operator's and never a client's: what clients send is data that it is filled with. Knows nothing of
-HTTP.
-"""
+"""The operator's chat template as the api uses it: read from its file, its complaints the client's. Knows no HTTP."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from model.chat_template import ChatTemplate as Template
+from model.errors import TemplateRefused
 from server.errors import InvalidRequest, SettingsError
 
-SHOWN = 200  # characters of what a template says in its own words
 FILE_BYTES_MAX = 1 << 20
 
 Message = dict[str, str]  # role, content, and name where there is one
 
 
-class _Said(jinja2.TemplateError):
-    """By the template itself, with raise_exception."""
-
-
-class _Generation(Extension):
-    """{% generation %} marks for trainers what an assistant said. Here it marks nothing."""
-
-    tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class ChatTemplate:
     def __init__(self, source: str, *, bos_token: str, eos_token: str) -> None:
         """Raises SettingsError where it is no template."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise SettingsError(f"the chat template is wrong in line {error.lineno}: {error.message}") from None
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+            self._template = Template(source, bos_token=bos_token, eos_token=eos_token)
+        except TemplateRefused as error:
+            raise SettingsError(str(error)) from None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Raises InvalidRequest where the template does not take these messages."""
         try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._tokens,
-            )
-        except _Said as error:
-            said = "".join(c if c.isprintable() else " " for c in str(error.message)[:SHOWN])
-            raise InvalidRequest(f"The chat template refuses these messages: {said}", "messages") from None
-        except Exception:  # whatever an expression of the template's may raise on what a client sent
-            raise InvalidRequest("The chat template cannot be filled with these messages.", "messages") from None
+            return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        except TemplateRefused as error:
+            raise InvalidRequest(str(error), "messages") from None
 
 
 def read_chat_template(path: Path, *, bos_token: str, eos_token: str) -> ChatTemplate:
@@ -83,16 +41,3 @@ def read_chat_template(path: Path, *, bos_token: str, eos_token: str) -> ChatTem
     except UnicodeDecodeError:
         raise SettingsError("the chat template is not UTF-8") from None
     return ChatTemplate(source, bos_token=bos_token, eos_token=eos_token)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Jinja's own escapes what HTML would mind."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise _Said(message)
-
-
-def _strftime_now(shape: str) -> str:
-    return datetime.now().strftime(shape)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model.chat_template import compile_template
+from model.chat_template import ChatTemplate
 from model.config import read_config
 from model.errors import DataError, TemplateRefused
 from model.tokenizer import Tokenizer, read_tokenizer
@@ -27,6 +27,10 @@ CHAT = (
 def tokenizer() -> Tokenizer:
     config = read_config(EMBEDDED)
     return read_tokenizer(EMBEDDED, config.vocab_size, config.eos_token_id)
+
+
+def template(source: str) -> ChatTemplate:
+    return ChatTemplate(source, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
 def write(path: Path, *lines: Any) -> Path:
@@ -80,8 +84,7 @@ def test_of_a_dialogue_the_assistants_words_are_learnt(tmp_path: Path, tokenizer
         {"role": "assistant", "content": "Me"},
         {"role": "user", "content": "Bye"},
     ]
-    template = compile_template(CHAT, "<|endoftext|>")
-    example = read_one(tmp_path, {"messages": messages}, tokenizer, template=template)
+    example = read_one(tmp_path, {"messages": messages}, tokenizer, template=template(CHAT))
     assert (
         tokenizer.decode(example.tokens.tolist())
         == "<user>Hi\n<assistant>Ahoy\n<user>Who?\n<assistant>Me\n<|endoftext|>"
@@ -123,17 +126,17 @@ def test_bad_dialogues_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     ]
     path = write(tmp_path / "train.jsonl", *lines)
     with pytest.raises(DataError) as caught:
-        read_examples(path, tokenizer, CONTEXT, compile_template(CHAT, ""))
+        read_examples(path, tokenizer, CONTEXT, template(CHAT))
     assert [problem.line for problem in caught.value.problems] == [1, 2, 3, 4]
-    refusing = compile_template("{{ raise_exception('no system role') }}", "")
-    with pytest.raises(DataError, match="line 5: the chat template refuses the messages: no system role"):
+    refusing = template("{{ raise_exception('no system role') }}")
+    with pytest.raises(DataError, match="line 5: The chat template refuses these messages: no system role"):
         read_examples(write(tmp_path / "train.jsonl", b"", b"", b"", b"", lines[4]), tokenizer, CONTEXT, refusing)
 
 
 @pytest.mark.parametrize("source", ["{% for %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"])
 def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
     with pytest.raises(TemplateRefused):
-        compile_template(source, "")([], False)
+        template(source).render([], add_generation_prompt=False)
 
 
 def test_a_file_that_is_missing_or_empty(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -136,22 +136,37 @@ class _MixedLoss(torch.autograd.Function):
 
 
 def _rows_loss(logits: Tensor, teacher: Tensor, targets: Tensor, job: Distillation) -> tuple[Tensor, Tensor]:
-    """Summed over rows, and its gradient: `hard (p - target) + soft T (p_T - q_T)` of logits `(rows, vocabulary)`."""
-    temperature, wanted = job.temperature, targets.unsqueeze(1)
+    """Summed over rows, and its gradient: `hard (p - target) + soft T (p_T - q_T)` of logits `(rows, vocabulary)`.
+
+    In place, for the passes over such matrices are what distillation costs.
+    """
     loss = torch.zeros((), device=logits.device)
-    grad = torch.zeros_like(logits)
+    grad = torch.zeros_like(logits) if job.hard or not job.soft else None
+    if job.hard and grad is not None:
+        wanted = targets.unsqueeze(1)
+        normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+        loss = loss + job.hard * (normaliser - logits.gather(1, wanted)).sum()
+        torch.sub(logits, normaliser, out=grad).exp_()
+        grad.scatter_add_(1, wanted, torch.full_like(normaliser, -1.0)).mul_(job.hard)
     if job.soft:
-        student_log = torch.log_softmax(logits / temperature, dim=1)
-        teacher_log = torch.log_softmax(teacher / temperature, dim=1)
-        soft_targets = teacher_log.exp()
-        loss = loss + job.soft * temperature**2 * (soft_targets * (teacher_log - student_log)).sum()
-        grad += job.soft * temperature * (student_log.exp_() - soft_targets)
-    if job.hard:
-        log = torch.log_softmax(logits, dim=1)
-        loss = loss - job.hard * log.gather(1, wanted).sum()
-        grad += job.hard * log.exp_()
-        grad.scatter_add_(1, wanted, torch.full_like(wanted, -job.hard, dtype=grad.dtype))
+        divergence, soft = _divergence(logits, teacher, job.temperature)
+        loss = loss + job.soft * divergence
+        soft.mul_(job.soft)
+        grad = soft if grad is None else grad.add_(soft)
+    assert grad is not None
     return loss, grad
+
+
+def _divergence(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`T^2 KL(teacher || student)` summed over rows, and its gradient. Both `(rows, vocabulary)` are used up."""
+    if temperature != 1.0:
+        logits.div_(temperature)
+        teacher.div_(temperature)
+    logits.sub_(torch.logsumexp(logits, dim=1, keepdim=True))
+    teacher.sub_(torch.logsumexp(teacher, dim=1, keepdim=True))
+    soft_targets = teacher.exp()
+    divergence = torch.dot(soft_targets.flatten(), teacher.sub_(logits).flatten())
+    return divergence * temperature**2, logits.exp_().sub_(soft_targets).mul_(temperature)
 
 
 def _mixed_loss(

@@ -93,7 +93,7 @@ def test_f2_what_is_not_finished_in_the_window_is_told_so(tiny: Path) -> None:
         check_gone(processes)
 
 
-@pytest.mark.parametrize("stuck", [False, True])
+@pytest.mark.parametrize("stuck", [True, pytest.param(False, marks=[pytest.mark.slow])])
 def test_f2_a_second_signal_ends_it_within_a_second(stuck: bool, tiny: Path) -> None:
     with serving(tiny, "--threads", "1") as server, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(post, server, **LONG)
@@ -120,7 +120,7 @@ def test_f2_a_stuck_worker_does_not_keep_an_idle_server_from_leaving(tiny: Path)
         check_gone(processes)
 
 
-@pytest.mark.parametrize("stuck", [False, True])
+@pytest.mark.parametrize("stuck", [True, pytest.param(False, marks=[pytest.mark.slow])])
 def test_f3_a_server_that_is_killed_leaves_nothing_behind(stuck: bool, tiny: Path) -> None:
     with serving(tiny, "--threads", "1") as server, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(post, server, **LONG)

@@ -17,6 +17,7 @@ from mixed import last_event, mixed_requests, post, stream_all
 from serving import RunningServer, serving
 
 EVIL = Path(__file__).parent / "evil"
+SLOW = [pytest.mark.slow]
 POISON = 31337  # a token id that no other request of these tests has
 POISONED: dict[str, Any] = {"prompt": [POISON], "max_tokens": 5}
 
@@ -38,7 +39,7 @@ def tokens(server: RunningServer) -> float:
     return server.metrics()["gpt2_generation_tokens_total"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=SLOW)])
 def test_a_worker_killed_or_stopped_under_mixed_streams_changes_no_byte(number: signal.Signals, tiny: Path) -> None:
     requests = mixed_requests(8, 250)
     with serving(tiny, "--threads", "1") as server, ThreadPoolExecutor(1) as pool:
@@ -68,6 +69,7 @@ def test_f5_a_step_that_never_ends_is_found_and_health_tells(tiny: Path) -> None
         assert server.metrics()["gpt2_worker_restarts_total"] == 2
 
 
+@pytest.mark.slow
 def test_a_slow_worker_is_not_killed(tiny: Path) -> None:
     """Five steps of more than a second, where two may pass without one."""
     with serving(tiny, "--threads", "1", "--stall-timeout", "2", env=evil("slow:step=any")) as server:
@@ -75,6 +77,7 @@ def test_a_slow_worker_is_not_killed(tiny: Path) -> None:
         assert server.metrics()["gpt2_worker_restarts_total"] == 0
 
 
+@pytest.mark.slow
 def test_an_idle_worker_may_be_silent(tiny: Path) -> None:
     with serving(tiny, "--threads", "1", "--stall-timeout", "1") as server:
         server.complete(prompt="a", max_tokens=1)
@@ -83,25 +86,27 @@ def test_an_idle_worker_may_be_silent(tiny: Path) -> None:
         assert server.metrics()["gpt2_worker_restarts_total"] == 0
 
 
-@pytest.mark.parametrize("what", ["raise", "exit"])
-def test_what_kills_workers_fails_alone(what: str, tiny: Path) -> None:
+@pytest.mark.parametrize("what", ["exit", pytest.param("raise", marks=SLOW)])
+def test_what_kills_workers_fails_alone(what: str, tiny: Path, server: RunningServer) -> None:
     requests = mixed_requests(8, 120)
-    with serving(tiny, "--threads", "1") as server:
-        expected = stream_all(server, requests)
-    with serving(tiny, "--threads", "1", env=evil(f"{what}:token={POISON}")) as server, ThreadPoolExecutor(3) as pool:
-        running = pool.submit(stream_all, server, requests)
-        until(lambda: tokens(server) > 100)
-        whole = pool.submit(post, server, **POISONED)
+    expected = stream_all(server, requests)
+    with (
+        serving(tiny, "--threads", "1", env=evil(f"{what}:token={POISON}")) as evil_server,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        running = pool.submit(stream_all, evil_server, requests)
+        until(lambda: tokens(evil_server) > 100)
+        whole = pool.submit(post, evil_server, **POISONED)
         # In mid-stream: the bias makes it say the word.
         biased = {"prompt": "x", "max_tokens": 9, "logit_bias": {str(POISON): 100}}
-        event = pool.submit(last_event, server, **biased)
+        event = pool.submit(last_event, evil_server, **biased)
         assert whole.result().status_code == 500
         assert whole.result().json()["error"]["code"] == "engine_error"
         assert event.result()["error"]["code"] == "engine_error"
         assert running.result() == expected
-        restarts = server.metrics()["gpt2_worker_restarts_total"]
+        restarts = evil_server.metrics()["gpt2_worker_restarts_total"]
         assert restarts <= 8, "four for each"
-        assert server.metrics()['gpt2_request_success_total{finished_reason="error"}'] == 2
+        assert evil_server.metrics()['gpt2_request_success_total{finished_reason="error"}'] == 2
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +126,7 @@ def test_a_request_has_its_time_running_or_queued(short: RunningServer) -> None:
     short.check_identities()
 
 
+@pytest.mark.slow
 def test_what_waits_for_longer_than_a_request_may_take_is_told_504(short: RunningServer) -> None:
     with ThreadPoolExecutor(3) as pool:
         began = time.monotonic()
@@ -151,6 +157,7 @@ def test_a_queued_request_whose_client_has_left_is_never_run(tiny: Path) -> None
         assert now['gpt2_request_success_total{finished_reason="abort"}'] == 10
 
 
+@pytest.mark.slow
 def test_f4_a_worker_that_never_gets_anywhere_ends_the_service_with_70(tiny: Path) -> None:
     with serving(tiny, "--threads", "1", env=evil("raise:step=1")) as server, ThreadPoolExecutor(1) as pool:
         told = pool.submit(last_event, server, prompt="a", max_tokens=5)
@@ -166,11 +173,11 @@ def test_f4_a_worker_that_never_gets_anywhere_ends_the_service_with_70(tiny: Pat
         assert any("worker died too often" in line for line in server.lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 50])
-def test_f4_a_worker_that_raises_now_and_then_costs_nobody_a_byte(step: int, tiny: Path) -> None:
+def test_f4_a_worker_that_raises_now_and_then_costs_nobody_a_byte(step: int, tiny: Path, server: RunningServer) -> None:
     requests = mixed_requests(4, 12 if step == 5 else 110)
-    with serving(tiny, "--threads", "1") as server:
-        expected = stream_all(server, requests)
-    with serving(tiny, "--threads", "1", env=evil(f"raise:step={step}")) as server:
-        assert stream_all(server, requests) == expected
-        assert server.metrics()["gpt2_worker_restarts_total"] >= 2
+    expected = stream_all(server, requests)
+    with serving(tiny, "--threads", "1", env=evil(f"raise:step={step}")) as evil_server:
+        assert stream_all(evil_server, requests) == expected
+        assert evil_server.metrics()["gpt2_worker_restarts_total"] >= 2

@@ -48,6 +48,7 @@ FAILURES: dict[int | str, str] = {
     429: "This key has had its share; see Retry-After",
     500: "The server failed",
     503: "The queue is full, or the server is starting or leaving; see Retry-After",
+    504: "The request took longer than a request may take",
     "default": "Any other failure",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {

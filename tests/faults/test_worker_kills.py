@@ -62,6 +62,7 @@ def test_twenty_deaths_under_thirty_two_streams(number: signal.Signals) -> None:
             for _ in range(KILLS):
                 time.sleep(rng.uniform(0.0, 2.0))
                 seconds.append(recovery(server, number))
+                print(f"{seconds[-1]:.2f} s")
         finally:
             over.set()
         answers = sum(each.result() for each in asking)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,7 @@ class Builder:
         self._run("add", "--quiet", container, str(base), "/")
         self._run("commit", "--quiet", container, BASE)
         self._run("rm", container)
+        shutil.rmtree(base)
 
     @contextmanager
     def built(self, target: str) -> Iterator[Image]:

@@ -1,7 +1,7 @@
 """JSON lines on standard error: what happened, to which request, how much. Never text, token ids or keys.
 
 What an exception says of itself may quote what a client sent. So a line has its type and where it was raised, and its
-own words only where they come from the operating system.
+own words only where they come from the operating system or, as RuntimeErrors do, from PyTorch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 _ROOT = f"{Path(__file__).parents[1]}/"
 FRAMES_SHOWN = 24  # of an exception, the innermost
+SAID_SHOWN = 200
 
 
 class JSONFormatter(logging.Formatter):
@@ -44,6 +45,8 @@ def _chain(error: BaseException) -> Iterator[dict[str, Any]]:
         entry: dict[str, Any] = {"type": type(cause).__qualname__}
         if isinstance(cause, OSError) and cause.strerror:
             entry["said"] = cause.strerror
+        elif isinstance(cause, RuntimeError):
+            entry["said"] = str(cause).partition("\n")[0][:SAID_SHOWN]
         frames = traceback.extract_tb(cause.__traceback__)[-FRAMES_SHOWN:]
         entry["at"] = [f"{_short(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames]
         yield entry

@@ -169,7 +169,7 @@ def test_f4_a_worker_that_never_gets_anywhere_ends_the_service_with_70(tiny: Pat
                 break
         assert told.result()["error"]["code"] == "engine_error"
         assert server.process.wait(10) == 70
-        assert any("RuntimeError: evil" in line for line in server.lines)
+        assert any('"type": "RuntimeError", "said": "evil"' in line for line in server.lines)
         assert any("worker died too often" in line for line in server.lines)
 
 

@@ -52,14 +52,19 @@ def test_the_operating_system_may_speak() -> None:
     assert line["exception"] == [{"type": "OSError", "said": "No space left on device", "at": []}]
 
 
+def test_pytorch_may_speak_one_line() -> None:
+    line = line_of(RuntimeError("can't allocate 7 bytes\nand a stack"))
+    assert line["exception"][0]["said"] == "can't allocate 7 bytes"
+
+
 def test_what_follows_the_first_line_of_a_message_is_dropped() -> None:
     assert line_of(message=f"Task exception was never retrieved\n{SECRET}")["message"].endswith("retrieved")
 
 
 def test_what_nobody_caught_is_a_line_too() -> None:
-    script = f"from server import logs; logs.configure('info'); raise RuntimeError({SECRET!r})"
+    script = f"from server import logs; logs.configure('info'); raise ValueError({SECRET!r})"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     (written,) = ended.stderr.splitlines()
-    assert json.loads(written)["exception"][0]["type"] == "RuntimeError"
+    assert json.loads(written)["exception"][0]["type"] == "ValueError"
     assert SECRET not in written

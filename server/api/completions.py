@@ -241,6 +241,7 @@ def completion_routes(service: CompletionService) -> APIRouter:
 
     @router.post("/v1/completions", openapi_extra=schema, responses=answers)
     @router.post("/completions", include_in_schema=False)
+    @router.post("/invocations", include_in_schema=False)  # SageMaker's name for it
     async def create_completion(request: Request) -> Response:
         return await service.answer(request, None)
 

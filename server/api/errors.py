@@ -87,7 +87,7 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
         response = error_response(
             MethodNotAllowed(f"Not allowed to {method} on {path}. {hint}", code="method_not_supported")
         )
-        response.headers["allow"] = _allowed_methods(request) or (error.headers or {}).get("allow", "")
+        response.headers["allow"] = _allowed_methods(request) or (error.headers or {}).get("Allow", "")
         return response
     if error.status_code < 500:
         return error_response(InvalidRequest("The request could not be understood."))
@@ -96,8 +96,8 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
 
 def _allowed_methods(request: Request) -> str:
     """Of every route with this path template. The framework's own answer names those of the first alone."""
-    template = getattr(request.scope.get("route"), "path", None)
-    documented = request.app.openapi()["paths"].get(template, {})
+    template = getattr(request.scope.get("route"), "path", "")
+    documented = request.app.openapi()["paths"].get(template.replace(":path}", "}"), {})  # as the document has it
     return ", ".join(method.upper() for method in documented)
 
 

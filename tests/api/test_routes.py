@@ -161,6 +161,12 @@ def test_a_wrong_method_is_told_every_right_one(api: Api) -> None:
     assert api.client.put("/ping").headers["allow"] == "GET, POST"
     assert api.client.put("/v1/completions").headers["allow"] == "POST"
     assert api.client.head("/v1/completions").status_code == 405
+    assert api.client.delete("/v1/models/gpt2").headers["allow"] == "GET"
+    assert api.post("/v1/engines/gpt2/generate").headers["allow"] == "GET"
+
+
+def test_the_name_that_sagemaker_has_for_completions(api: Api) -> None:
+    assert api.post("/invocations", prompt="a").json()["choices"][0]["text"] == "hello"
 
 
 def test_a_field_without_a_name_is_ignored_under_a_name(api: Api) -> None:

@@ -45,6 +45,7 @@ class Way:
     caching: bool = True
     guesses: int = 0
     target_itl: float | None = None
+    kv_dtype: torch.dtype = torch.float32
 
 
 class Engine:
@@ -64,8 +65,7 @@ class Engine:
         self._budget: BudgetController | None = None
         if way.target_itl is not None:
             self._budget = BudgetController(way.target_itl, smallest=PREFILL_LEAST, largest=way.budget)
-        dtype = choose_dtype("auto", device)
-        cache = KVCache(network.config, way.num_blocks, BLOCK_SIZE, dtype, device)
+        cache = KVCache(network.config, way.num_blocks, BLOCK_SIZE, way.kv_dtype, device)
         drafter = PromptLookup() if way.guesses else None
         self._runner = Runner(network, cache, device, context, drafter=drafter)
         self._ids = itertools.count()

@@ -17,6 +17,7 @@ from model.config import Activation, ModelConfig
 from model.kv_cache import KVCache, LayerCache
 from model.linear import Linear
 from model.ops import Norm, Ops
+from model.scores import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,10 @@ class GPT2:
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, n_embd) of `forward` to (rows, vocab) in fp32."""
         return self._head(self._final_norm(hidden)).float()
+
+    def score(self, logits: Tensor, tokens: Tensor, tops: Sequence[int | None]) -> Scores:
+        """As `model.scores.score`."""
+        return self._ops.score(logits, tokens, tops)
 
 
 def _layer(config: ModelConfig, weights: Mapping[str, Tensor], i: int, ops: Ops) -> Layer:

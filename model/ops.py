@@ -14,6 +14,7 @@ from model.batch import Batch
 from model.config import Activation
 from model.kv_cache import KVCache, LayerCache
 from model.linear import Linear, OneDNNLinear, PlainLinear
+from model.scores import Scores, score
 
 
 class Norm(Protocol):
@@ -46,6 +47,10 @@ class Ops(Protocol):
 
     def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None: ...
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor: ...
+    def score(self, logits: Tensor, tokens: Tensor, tops: Sequence[int | None]) -> Scores:
+        """As `model.scores.score`."""
+        ...
+
     def fuse(
         self, embed: Embedding, layers: Sequence[Any], cache: KVCache, activation: Activation
     ) -> Callable[[Batch], Tensor] | None:
@@ -87,6 +92,9 @@ class TorchOps:
 
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
         return attention(qkv, cache, batch, scale)
+
+    def score(self, logits: Tensor, tokens: Tensor, tops: Sequence[int | None]) -> Scores:
+        return score(logits, tokens, tops)
 
     def fuse(self, embed: Embedding, layers: Sequence[Any], cache: KVCache, activation: Activation) -> None:
         return None

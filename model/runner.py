@@ -14,7 +14,7 @@ from model.gpt2 import GPT2
 from model.grammar import Grammars, Matcher
 from model.kv_cache import KVCache
 from model.row import Row, Span, lay_out
-from model.sampling import sample, token_logprobs
+from model.sampling import sample
 from model.speculative import Drafter
 from model.step import (
     Done,
@@ -190,7 +190,8 @@ def _score(network: GPT2, hidden: Tensor, targets: Tensor, top: int) -> list[Tok
     """hidden: (rows, n_embd), targets: (rows,)."""
     scores: list[TokenLogprobs] = []
     for part, ids in zip(hidden.split(SCORED_ROWS), targets.split(SCORED_ROWS), strict=True):
-        scores += token_logprobs(network.logits(part), ids, [top] * len(ids))
+        rows = network.score(network.logits(part), ids, [top] * len(ids)).rows()
+        scores += [row for row in rows if row is not None]
     return scores
 
 

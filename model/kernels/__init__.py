@@ -23,6 +23,7 @@ from model.config import Activation
 from model.kernels import structs
 from model.kv_cache import KVCache, LayerCache
 from model.memory import huge_zeros
+from model.scores import Scores
 
 PADDING = 32  # MAX_PANEL in kernels.h
 STALE = "the C kernels were built for another version; install again"
@@ -99,6 +100,23 @@ class Kernels:
         qkv = structs.ready(qkv)
         batch = structs.BatchStruct(rows=len(slots), slots=slots.data_ptr())
         self.run_one(structs.Op.WRITE_KV, structs.AttentionCall(structs.kv(cache), qkv.data_ptr()), batch)
+
+    def score(self, logits: Tensor, tokens: Tensor, tops: Sequence[int | None]) -> Scores:
+        """logits: (rows, vocab), tokens: (rows,) int64, tops: (rows,), none above the vocabulary's size."""
+        top = max(each or 0 for each in tops)
+        assert tokens.dtype == torch.int64
+        logits, tokens, (rows, width) = structs.ready(logits), tokens.contiguous(), logits.shape
+        scores = Scores(
+            torch.empty(rows),
+            torch.empty(rows, dtype=torch.int64),
+            torch.empty(rows, top),
+            torch.empty(rows, top, dtype=torch.int64),
+            tops,
+        )
+        outputs = [tensor.data_ptr() for tensor in (scores.own, scores.ranks, scores.values, scores.ids)]
+        batch = structs.BatchStruct(rows=rows, tokens=tokens.data_ptr())
+        self.run_one(structs.Op.SCORE, structs.ScoreCall(logits.data_ptr(), width, top, *outputs), batch)
+        return scores
 
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
         """qkv: (rows, 3 * n_embd). Each row sees its sequence's positions up to its own. Returns (rows, n_embd)."""
@@ -280,6 +298,9 @@ class KernelOps:
 
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
         return self._kernels.attention(qkv, cache, batch, scale)
+
+    def score(self, logits: Tensor, tokens: Tensor, tops: Sequence[int | None]) -> Scores:
+        return self._kernels.score(logits, tokens, tops)
 
     def fuse(self, embed: object, layers: Sequence[Layer], cache: KVCache, activation: Activation) -> Forward:
         assert isinstance(embed, KernelEmbedding)

@@ -14,7 +14,7 @@
 #define DIV_UP(a, b) (((a) + (b) - 1) / (b))
 #define ROUND_UP(a, b) (DIV_UP(a, b) * (b))
 
-enum { ABI = 2 };           /* another number whenever a struct or an entry point below changes its meaning */
+enum { ABI = 3 };           /* another number whenever a struct or an entry point below changes its meaning */
 enum { KB = 256 };          /* columns of x packed together; also the largest head_dim, and one int8 group */
 enum { GROUP = 16 };        /* positions of a key group */
 enum { SPAN = 64 };         /* positions of one softmax step, aligned to position 0 whatever the chunk */
@@ -95,7 +95,19 @@ struct attention_call {
     float scale;
 };
 
-enum op { OP_PACK, OP_LINEAR, OP_NORM, OP_EMBED, OP_WRITE_KV, OP_ATTENTION, OP_PACK_ROWS /* of OP_LINEAR, by itself */, OPS };
+/* The log-softmax of batch->tokens, one a row; how many outscore it, and one; and the `top` likeliest, the likeliest first,
+ * of equals the one before. */
+struct score_call {
+    const float *logits; /* (rows, width) */
+    int64_t width, top;
+    float *own;          /* (rows,) */
+    int64_t *rank;       /* (rows,) */
+    float *values;       /* (rows, top) */
+    int64_t *ids;        /* (rows, top) */
+};
+
+enum op { OP_PACK, OP_LINEAR, OP_NORM, OP_EMBED, OP_WRITE_KV, OP_ATTENTION, OP_SCORE,
+          OP_PACK_ROWS /* of OP_LINEAR, by itself */, OPS };
 
 struct step {
     int64_t op;

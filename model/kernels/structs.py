@@ -13,7 +13,7 @@ from torch import Tensor
 from model.batch import Batch
 from model.kv_cache import LayerCache
 
-ABI = 2  # of kernels.h
+ABI = 3  # of kernels.h
 MAX_HEAD_DIM = 256  # KB in kernels.h
 
 
@@ -103,6 +103,18 @@ class AttentionCall(Structure):
     ]
 
 
+class ScoreCall(Structure):
+    _fields_ = [
+        ("logits", c_void_p),
+        ("width", c_int64),
+        ("top", c_int64),
+        ("own", c_void_p),
+        ("rank", c_void_p),
+        ("values", c_void_p),
+        ("ids", c_void_p),
+    ]
+
+
 class Step(Structure):
     _fields_ = [
         ("op", c_int64),
@@ -117,9 +129,10 @@ class Op(IntEnum):
     EMBED = 3
     WRITE_KV = 4
     ATTENTION = 5
+    SCORE = 6
 
 
-Call = PackCall | LinearCall | NormCall | EmbedCall | AttentionCall
+Call = PackCall | LinearCall | NormCall | EmbedCall | AttentionCall | ScoreCall
 
 
 # === Pointers ===

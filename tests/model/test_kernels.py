@@ -29,6 +29,7 @@ from model.kernels import (
 from model.kv_cache import KVCache, LayerCache
 from model.linear import activate
 from model.loading import choose_kv_dtype, choose_ops
+from model.scores import score
 from model.weights import expected_shapes
 
 ROWS = (1, 2, 3, 8, 31, 64, 128)
@@ -161,7 +162,7 @@ def test_tokens_are_embedded_with_what_the_head_holds(kernels: Kernels, storage:
         Storage.INT8: (wte / wte.abs().amax(1, keepdim=True) * 127).round() * step,
     }[storage]
     none = torch.empty(0, dtype=torch.int32)
-    batch = Batch(tokens, positions, torch.empty(0, dtype=torch.int64), none, none.view(0, 0), ())
+    batch = Batch(tokens, positions, torch.empty(0, dtype=torch.int64), none, none, none.view(0, 0), ())
     embed = kernels.embedding(kernels.pack_linear(wte, None, storage), wpe)
     assert torch.equal(embed(batch), held[tokens] + wpe[positions])
 
@@ -191,8 +192,9 @@ class Sequences:
         counts = [stop - start for _, start, stop in chunks]
         starts = torch.tensor([0, *counts]).cumsum(0).int()
         tables = self.tables[[s for s, _, _ in chunks]].contiguous()
+        contexts = torch.tensor([stop for _, _, stop in chunks]).int()
         kernels.write_kv(qkv, self.cache, slots)
-        batch = Batch(positions, positions, slots, starts, tables, ())
+        batch = Batch(positions, positions, slots, starts, contexts, tables, ())
         out = kernels.attention(qkv, self.cache, batch, self.head_dim**-0.5)
         return list(out.split(counts))
 
@@ -245,6 +247,28 @@ def test_fp16_cache_holds_what_does_not_fit(kernels: Kernels) -> None:
     assert found[0].tolist() == [65504.0] * 16
 
 
+# === Scores ===
+
+
+@pytest.mark.parametrize("width", [1, 7, 50, 50257])
+def test_scores_are_those_of_the_log_softmax(kernels: Kernels, width: int) -> None:
+    logits, tokens = torch.randn(9, width) * 4, torch.randint(width, (9,))
+    for top in {0, 1, min(width, 20)}:
+        found, expected = kernels.score(logits, tokens, [top] * 9), score(logits.double(), tokens, [top] * 9)
+        torch.testing.assert_close(found.own.double(), expected.own, atol=5e-6, rtol=0)
+        torch.testing.assert_close(found.values.double(), expected.values, atol=5e-6, rtol=0)
+        assert torch.equal(found.ranks, expected.ranks)
+        assert torch.equal(found.ids, expected.ids)
+        alone = kernels.score(logits[4:5], tokens[4:5], [top])
+        assert alone.rows() == found.rows()[4:5]
+
+
+def test_of_equal_scores_the_first_token_comes_first(kernels: Kernels) -> None:
+    found = kernels.score(torch.zeros(1, 40), torch.tensor([17]), [3])
+    assert found.ids.tolist() == [[0, 1, 2]]
+    assert found.ranks.tolist() == [1]
+
+
 # === The whole network in one call ===
 
 
@@ -269,7 +293,8 @@ def test_one_call_is_layer_by_layer(kernels: Kernels, storage: Storage) -> None:
         positions = torch.cat([torch.arange(count) for count in counts])
         owners = torch.arange(2).repeat_interleave(torch.tensor(counts))
         slots = tables[owners, positions // 16].long() * 16 + positions % 16
-        batch = Batch(torch.randint(61, positions.shape), positions, slots, starts, tables, ())
+        contexts = torch.tensor(counts).int()
+        batch = Batch(torch.randint(61, positions.shape), positions, slots, starts, contexts, tables, ())
         kernels.set_threads(2)
         found = forward(batch).clone()
         kernels.set_threads(1)

@@ -1,0 +1,126 @@
+"""What fewer bits cost in quality: `python -m benchmarks.quality [MODEL] --text NAME=FILE …`.
+
+Perplexity of each text in fp32, fp16 and int8, in windows of a whole context that do not overlap; and of the smaller
+formats, the Kullback-Leibler divergence from fp32 and how often both think the same token the most likely.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import model
+from benchmarks.engine import BLOCK_SIZE
+from model.batch import Batch
+from model.config import read_config
+from model.gpt2 import GPT2
+from model.kv_cache import KVCache
+from model.loading import choose_kv_dtype, load_model
+from model.tokenizer import read_tokenizer
+
+CPU = torch.device("cpu")
+ROWS = 32  # of logits at once
+FORMATS: dict[str, tuple[torch.dtype, str | None]] = {
+    "fp32": (torch.float32, None),
+    "fp16": (torch.float16, None),
+    "int8": (torch.float32, "int8"),
+}
+
+
+class Scorer:
+    """One network, and a cache for one window."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        dtype, quantization = FORMATS[name]
+        self.network: GPT2
+        self.network, ops = load_model(directory, CPU, dtype, quantization=quantization)
+        context = self.network.config.n_positions
+        self._blocks = -(-context // BLOCK_SIZE)
+        self._cache = KVCache(self.network.config, self._blocks, BLOCK_SIZE, choose_kv_dtype("auto", ops), CPU)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """tokens: (n,). Returns (n, n_embd), of its own."""
+        positions = torch.arange(len(tokens))
+        count = torch.tensor([len(tokens)], dtype=torch.int32)
+        batch = Batch(
+            tokens=tokens,
+            positions=positions,
+            slots=positions,
+            query_starts=torch.cat([torch.zeros(1, dtype=torch.int32), count]),
+            contexts=count,
+            block_tables=torch.arange(self._blocks, dtype=torch.int32)[None],
+            spans=((len(tokens), len(tokens)),),
+        )
+        return self.network.forward(batch, self._cache).clone()
+
+    def logprobs(self, hidden: Tensor) -> Tensor:
+        """(rows, vocab)."""
+        return self.network.logits(hidden).log_softmax(-1)
+
+
+@dataclass
+class Sums:
+    """Over all tokens of a text."""
+
+    nats: float = 0.0
+    divergence: float = 0.0
+    agreed: int = 0
+    tokens: int = 0
+
+
+@torch.inference_mode()
+def compare(scorers: dict[str, Scorer], ids: list[int], context: int) -> dict[str, Sums]:
+    sums = {name: Sums() for name in scorers}
+    for start in range(0, len(ids) - 1, context):
+        window = torch.tensor(ids[start : start + context + 1])
+        hidden = {name: scorer.hidden(window[:-1]).split(ROWS) for name, scorer in scorers.items()}
+        for part, targets in enumerate(window[1:].split(ROWS)):
+            exact: Tensor | None = None
+            for name, scorer in scorers.items():
+                scores = scorer.logprobs(hidden[name][part])
+                exact = scores if exact is None else exact
+                of = sums[name]
+                of.nats -= scores.gather(1, targets[:, None]).double().sum().item()
+                of.divergence += (exact.exp() * (exact - scores)).double().sum().item()
+                of.agreed += int((exact.argmax(-1) == scores.argmax(-1)).sum())
+                of.tokens += len(targets)
+    return sums
+
+
+def read(path: Path) -> str:
+    return lzma.open(path, "rt", encoding="utf-8").read() if path.suffix == ".xz" else path.read_text("utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, default=Path(model.__file__).parent / "default")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="UTF-8, .xz or plain")
+    parser.add_argument("--tokens", type=int, default=300_000, help="of each text, from its beginning")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    config = read_config(arguments.model)
+    tokenizer = read_tokenizer(arguments.model, config.vocab_size, config.eos_token_id)
+    scorers = {name: Scorer(arguments.model, name) for name in FORMATS}
+    print("| text | format | tokens | perplexity | to fp32 | KL, nats | same greedy token |\n" + "| --- " * 7 + "|")
+    for name, _, path in (text.partition("=") for text in arguments.text):
+        ids = tokenizer.encode(read(Path(path)))[: arguments.tokens]
+        sums = compare(scorers, ids, config.n_positions)
+        base = sums["fp32"].nats / sums["fp32"].tokens
+        for format_, of in sums.items():
+            nats = of.nats / of.tokens
+            print(
+                f"| {name} | {format_} | {of.tokens} | {math.exp(nats):.3f} | {100 * math.expm1(nats - base):+.3f} % "
+                f"| {of.divergence / of.tokens:.6f} | {100 * of.agreed / of.tokens:.2f} % |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -170,14 +170,11 @@ def show(name: str, parts: dict[str, float], grown: dict[str, Any]) -> None:
     print(f"{name}: {whole:.1f} s in all")
     for part, seconds in parts.items():
         print(f"  {part:<26}{100 * seconds / whole:6.1f} %")
-    print(
-        f"  a decode step of {grown["streams"]} against context: {grown['microseconds_per_position']:.1f} us a position, "
-        f"R2 {grown['r_squared']:.4f}, KV read at {grown['gigabytes_per_second']:.1f} GB/s"
-    )
-    print("  " + ", ".join(f"{c}: {ms:.1f} ms" for c, ms in grown["contexts"].items()))
-    print(
-        f"  against streams, at {grown['context']}: " + ", ".join(f"{b}: {t:.1f}" for b, t in grown["batches"].items())
-    )
+    slope, speed = grown["microseconds_per_position"], grown["gigabytes_per_second"]
+    print(f"  against context, {grown['streams']} streams: {slope:.1f} us a position, KV read at {speed:.1f} GB/s")
+    print("  " + ", ".join(f"{c}: {ms:.1f} ms" for c, ms in grown["contexts"].items()), f"R2 {grown['r_squared']:.4f}")
+    print(f"  against streams, context {grown['context']}: ", end="")
+    print(", ".join(f"{b}: {ms:.1f} ms" for b, ms in grown["batches"].items()))
 
 
 def load(directory: Path, quantization: str | None) -> tuple[GPT2, Ops]:

@@ -82,6 +82,7 @@ class Server:
         if parts.scheme != "http" or parts.hostname is None:
             raise ValueError("not an http URL")
         self.name = name
+        self.url = base_url
         self.model = model
         self._authorization = f"Authorization: Bearer {key}\r\n" if key else ""
         self._host, self._port = parts.hostname, parts.port or 80

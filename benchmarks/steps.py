@@ -10,7 +10,7 @@ import argparse
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import linear_regression, median
 from time import perf_counter
@@ -22,6 +22,7 @@ from torch import Tensor
 import model
 from benchmarks.engine import BLOCK_SIZE, Engine, Way
 from benchmarks.serving import machine
+from model.adapters import AdaptedRows
 from model.batch import Batch
 from model.gpt2 import GPT2
 from model.kernels import KernelOps
@@ -48,8 +49,8 @@ class Timed:
         self.config = network.config
         self.seconds = 0.0
 
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        return self._count(lambda: self._network.forward(batch, cache))
+    def forward(self, batch: Batch, cache: KVCache, adapted: Sequence[AdaptedRows] = ()) -> Tensor:
+        return self._count(lambda: self._network.forward(batch, cache, adapted))
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._count(lambda: self._network.logits(hidden))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from model.training.job import Distillation
-from server.commands.training import add_common, checkpoint_of, common_fields, train
+from server.commands.training import add_common, add_from_scratch, checkpoint_of, common_fields, train
 
 TERMS = ("temperature", "soft", "hard", "hidden", "attention")
 
@@ -34,6 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     terms.add_argument(
         "--attention", type=float, default=defaults.attention, metavar="X", help="where the teacher looks [%(default)g]"
     )
+    add_from_scratch(parser)
     add_common(parser)
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from model.training.job import Lora
-from server.commands.training import add_common, checkpoint_of, common_fields, train
+from server.commands.training import add_common, add_from_scratch, checkpoint_of, common_fields, train
 from server.errors import SettingsError
 
 
@@ -23,7 +23,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=["lora", "full", "output_layer"],
         help="an adapter beside frozen weights; all weights; or the output layer alone [%(default)s]",
     )
-    parser.add_argument("--init", choices=["gpt2", "xavier"], help="start from random weights (with --trainable full)")
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja, for messages")
     parser.add_argument("--name", metavar="NAME", help="what the card calls it")
     group = parser.add_argument_group("LoRA")
@@ -37,13 +36,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"matrices it is put beside [{' '.join(lora.targets)}]",
     )
     group.add_argument("--merge", action="store_true", help="write a whole model in place of an adapter")
+    add_from_scratch(parser)
     add_common(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     directory, name = checkpoint_of(arguments.model)
     fields = common_fields(arguments)
-    for key in ("trainable", "init", "adapter", "name"):
+    for key in ("trainable", "adapter", "name"):
         fields[key] = getattr(arguments, key)
     fields |= {"model": directory, "base_name": name, "chat_template": _template(arguments.chat_template)}
     fields["lora"] = {key: getattr(arguments, key) for key in ("rank", "alpha", "targets", "merge")}

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import msgspec
 
-from model.training.job import Hyperparameters, Job, parse_job
+from model.training.job import Hyperparameters, Job, Shape, parse_job
 from server.checkpoint import find_checkpoint
 
 STOPPED = 75  # the trainer's status, and ours: run it again to go on
@@ -64,6 +64,26 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_from_scratch(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("from scratch")
+    group.add_argument("--init", choices=["gpt2", "xavier"], help="start from random weights, drawn this way")
+    group.add_argument(
+        "--shape",
+        nargs="+",
+        type=_size,
+        metavar="NAME=N",
+        help=f"their shape, where it differs: {', '.join(Shape.__struct_fields__)}",
+    )
+
+
+def _size(text: str) -> tuple[str, int]:
+    """Raises ArgumentTypeError."""
+    name, _, number = text.partition("=")
+    if name not in Shape.__struct_fields__ or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=N")
+    return name, int(number)
+
+
 def common_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     given = ("epochs", "max_steps", "batch_size", "learning_rate", "early_stop", "validate_every", "seed")
     hyperparameters = {name: getattr(arguments, name) for name in given}
@@ -73,6 +93,8 @@ def common_fields(arguments: argparse.Namespace) -> dict[str, Any]:
         "valid": None if arguments.valid is None else str(Path(arguments.valid).resolve()),
         "out": str(Path(arguments.out).resolve()),
         "hyperparameters": hyperparameters,
+        "init": arguments.init,
+        "shape": dict(arguments.shape or []),
         **{name: getattr(arguments, name) for name in same},
     }
 

@@ -63,6 +63,8 @@ def test_what_is_wrong_is_said(data: Path, tmp_path: Path, capfd: pytest.Capture
     assert main(["fine-tune", str(data), "--out", str(tmp_path / "out"), "--targets", "wte"]) == 78
     assert "cannot target 'wte'" in capfd.readouterr().err
     assert main(["fine-tune", str(data), "--out", str(tmp_path / "out"), "--model", str(data)]) == 78
+    assert main(["distill", str(data), "--out", str(tmp_path / "out"), "--shape", "n_layer=2"]) == 78
+    assert "a shape of its own needs 'init'" in capfd.readouterr().err
 
 
 def test_ctrl_c_stops_it_and_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:

@@ -130,6 +130,14 @@ def test_little_memory_is_enough(server: RunningServer, modules: list[str]) -> N
             assert text(tight.complete(**body(name))) == text(server.complete(**body(name)))
 
 
+def test_they_are_there_again_after_a_sleep(server: RunningServer) -> None:
+    before = [text(server.complete(**body(name))) for name in NAMES]
+    for level in (1, 2):
+        assert httpx.post(f"{server.url}/sleep", params={"level": level}, timeout=60).status_code == 200
+        assert httpx.post(f"{server.url}/wake_up", timeout=60).status_code == 200
+        assert [text(server.complete(**body(name))) for name in NAMES] == before
+
+
 def test_files_that_have_gone_fail_one_request(modules: list[str], tmp_path: Path) -> None:
     name, _, source = modules[0].partition("=")
     kept = [f"{name}={tmp_path / 'a'}", modules[1]]

@@ -13,7 +13,7 @@ from model.gpu import cuda
 from model.gpu import ops as gpu
 from model.kernels import KernelOps, KernelsUnavailableError, Storage, load
 from model.ops import Ops, TorchOps
-from model.weights import read_weights
+from model.weights import Progress, read_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,12 +93,13 @@ def load_model(
     quantization: str | None = None,
     *,
     deterministic: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[GPT2, Ops]:
     """Raises ConfigError, WeightsError or DeviceError."""
     config = read_config(directory)
     ops = choose_ops(device, dtype, kernels, quantization, deterministic=deterministic)
     try:
         with torch.inference_mode():
-            return GPT2(config, read_weights(directory, config), ops), ops
+            return GPT2(config, read_weights(directory, config, progress), ops), ops
     except cuda.OutOfMemoryError as error:
         raise DeviceError(f"{cuda.describe(device)} has too little free memory for the weights") from error

@@ -6,7 +6,7 @@ Nothing here can execute: pickled checkpoints are refused by name and by content
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from model.config import ModelConfig, read_json
 from model.errors import ConfigError, WeightsError
+
+Progress = Callable[[float], None]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -48,17 +50,23 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def read_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
+def read_weights(directory: Path, config: ModelConfig, progress: Progress | None = None) -> dict[str, Tensor]:
     """The tensors of `expected_shapes`, as stored (memory-mapped). Others in the file are ignored.
+
+    progress: told the share that was read, from 0 to 1, after each tensor.
 
     Raises WeightsError: a file or tensor is missing, truncated, mis-shaped, not floating point, non-finite or pickled.
     """
     shapes = expected_shapes(config)
     found: dict[str, Tensor] = {}
+    numbers = 0
     for path in _files(directory):
         for name, tensor in _tensors(path, shapes):
             _check(name, tensor, shapes[name])
             found[name] = tensor
+            numbers += tensor.numel()
+            if progress is not None:
+                progress(numbers / config.parameters)
     missing = sorted(shapes.keys() - found.keys())
     if missing:
         raise WeightsError(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 
@@ -89,6 +89,16 @@ class Backend:
         return status
 
 
+class Announcer(Protocol):
+    """Whoever tells the operator how the start goes."""
+
+    def loading(self, share: float) -> None:
+        """Called often, with the share of the weights that was read."""
+        ...
+
+    def ready(self, ready: Ready) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """A backend that is served over HTTP, from here to its end."""
@@ -100,7 +110,7 @@ class Service:
     reload: Callable[[], None] | None  # on SIGHUP
     observe_lag: Callable[[float], None]  # told by how many seconds the event loop is late
 
-    async def run(self, announce: Callable[[Ready], None]) -> int:
+    async def run(self, announcer: Announcer) -> int:
         """Until a signal, or until a worker cannot be kept running. Returns the exit status."""
         gc.collect()
         gc.freeze()  # what was loaded stays: the collector need not walk it whenever a large request is read
@@ -113,7 +123,7 @@ class Service:
         starting = asyncio.create_task(self.backend.start_checker())
         workers = self.backend.start()
         http = asyncio.create_task(self.http.serve(sockets=[self.listener]))
-        announcing = asyncio.create_task(self._announce(announce))
+        announcing = asyncio.create_task(self._announce(announcer))
         watching = asyncio.create_task(self._watch_lag())
         stopped = asyncio.create_task(stop.wait())
         try:
@@ -138,11 +148,12 @@ class Service:
             os._exit(1)
         stop.set()
 
-    async def _announce(self, announce: Callable[[Ready], None]) -> None:
+    async def _announce(self, announcer: Announcer) -> None:
         while not self.backend.ready:
+            announcer.loading(min(supervisor.read_share for supervisor in self.backend.supervisors))
             await asyncio.sleep(POLL)
         assert self.backend.engine.worker is not None
-        announce(self.backend.engine.worker)
+        announcer.ready(self.backend.engine.worker)
 
     async def _watch_lag(self) -> None:
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shlex
+import sys
 
 from server import logs
 from server.api.models import ServedModel
@@ -14,6 +15,8 @@ from server.settings import flags, read_settings
 from server.worker.messages import Ready
 
 EXAMPLE = '"prompt": "It was a dark and stormy night, and", "max_tokens": 40, "temperature": 0.7, "seed": 3'
+BAR = 30  # characters
+ERASE_LINE = "\r\x1b[K"
 
 configure = flags
 
@@ -26,18 +29,38 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
     host, port = service.listener.getsockname()[:2]
-    return asyncio.run(service.run(lambda ready: _announce(f"http://{host}:{port}", service.backend.served, ready)))
+    return asyncio.run(service.run(Terminal(f"http://{host}:{port}", service.backend.served)))
 
 
-def _announce(url: str, served: ServedModel, ready: Ready) -> None:
-    tokens = ready.num_blocks * ready.block_size
-    body = f'{{"model": "{served.name}", {EXAMPLE}}}'
-    print(
-        f"{served.name} on {ready.backend}; KV cache for {tokens:,} tokens; ready in {ready.load_seconds:.1f} s",
-        f"Serving on {url}, until Ctrl-C. Try:",
-        "",
-        f"  curl {url}/v1/completions -d {shlex.quote(body)}",
-        "",
-        sep="\n",
-        flush=True,
-    )
+class Terminal:
+    """What the operator sees of a start: a bar while weights are read, then a banner and a curl to try."""
+
+    def __init__(self, url: str, served: ServedModel) -> None:
+        self._url = url
+        self._served = served
+        self._shown: str | None = None if sys.stderr.isatty() else ""  # "" shows no bar
+
+    def loading(self, share: float) -> None:
+        if self._shown == "":
+            return
+        done = round(BAR * share)
+        bar = f"Loading {self._served.name} {'█' * done}{'░' * (BAR - done)} {share:4.0%}"
+        if bar != self._shown:
+            print(f"{ERASE_LINE}{bar}", end="", file=sys.stderr, flush=True)
+            self._shown = bar
+
+    def ready(self, ready: Ready) -> None:
+        if self._shown:
+            print(ERASE_LINE, end="", file=sys.stderr, flush=True)
+        tokens = ready.num_blocks * ready.block_size
+        body = f'{{"model": "{self._served.name}", {EXAMPLE}}}'
+        print(
+            f"{self._served.name} on {ready.backend}; KV cache for {tokens:,} tokens; "
+            f"ready in {ready.load_seconds:.1f} s",
+            f"Serving on {self._url}, until Ctrl-C. Try:",
+            "",
+            f"  curl {self._url}/v1/completions -d {shlex.quote(body)}",
+            "",
+            sep="\n",
+            flush=True,
+        )

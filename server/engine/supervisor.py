@@ -14,7 +14,7 @@ from typing import Protocol
 
 from server.engine.heartbeat import Heartbeat
 from server.worker.channel import EngineChannel
-from server.worker.messages import Failed, Loaded, Ready, Refused, Shutdown, Slept, Start, Step
+from server.worker.messages import Failed, Loaded, Ready, Refused, Shutdown, Slept, Start, Starting, Step
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Supervisor:
         self._channel: EngineChannel | None = None
         self._ready = False
         self._stopping = False
+        self.read_share = 0.0  # share of the weights that the worker has read, while it is not ready
         self.pid: int | None = None  # of the worker that runs now
 
     async def run(self) -> int:
@@ -104,6 +105,8 @@ class Supervisor:
         while (message := await channel.receive()) is not None:
             heartbeat.heard(message)
             match message:
+                case Starting():
+                    self.read_share = message.share
                 case Ready():
                     self._ready = True
                     self._listener.worker_ready(self._worker, message, channel)

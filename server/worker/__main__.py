@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from model.errors import ModelError
@@ -33,6 +34,7 @@ from server.worker.messages import (
     Sleep,
     Slept,
     Start,
+    Starting,
     Step,
     ToWorker,
     Unload,
@@ -60,7 +62,7 @@ class Worker:
     def __init__(self, start: Start, channel: WorkerChannel) -> None:
         """Loads the model and says Ready. Raises ModelError."""
         began = time.perf_counter()
-        networks = load_networks(start)
+        networks = load_networks(start, _teller(channel))
         self._start = start
         self._channel = channel
         self._networks: Networks | None = networks  # None in deep sleep
@@ -208,6 +210,19 @@ class Worker:
         if self._scheduler.idle:
             self._scheduler.check()
         self._channel.send(Step(outputs, self._scheduler.stats(), self._channel.received, work))
+
+
+def _teller(channel: WorkerChannel) -> Callable[[float], None]:
+    """Says Starting, a hundred times at most."""
+    told = 0
+
+    def tell(share: float) -> None:
+        nonlocal told
+        if int(100 * share) > told:
+            told = int(100 * share)
+            channel.send(Starting(share))
+
+    return tell
 
 
 def _budget(start: Start) -> BudgetController | None:

@@ -88,6 +88,12 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 ToWorker = Start | Add | Abort | Load | Unload | Sleep | WakeUp | Shutdown
 
 
+class Starting(msgspec.Struct, frozen=True, tag="starting"):
+    """Said now and then before Ready."""
+
+    share: float  # of the weights that was read, 0 to 1
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The worker has its weights and its KV pool."""
 
@@ -175,4 +181,4 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     exit_code: int
 
 
-FromWorker = Ready | Step | Refused | Loaded | Slept | Failed
+FromWorker = Starting | Ready | Step | Refused | Loaded | Slept | Failed

@@ -22,7 +22,7 @@ from model.runner import Runner
 from model.speculative import Drafter, DraftModel, PromptLookup
 from model.tokenizer import read_tokenizer
 from model.variants import Variants
-from model.weights import expected_shapes
+from model.weights import Progress, expected_shapes
 from server.worker.block_pool import BlockPool
 from server.worker.memory import pool_size
 from server.worker.messages import Start
@@ -46,13 +46,13 @@ class Networks:
         return [self.network] if self.draft is None else [self.network, self.draft]
 
 
-def load_networks(start: Start) -> Networks:
-    """Raises ModelError."""
+def load_networks(start: Start, progress: Progress | None = None) -> Networks:
+    """progress: told the share of the model's weights that was read. Raises ModelError."""
     torch.set_num_threads(start.threads)
     device = choose_device(start.device)
     dtype = choose_dtype(start.dtype, device)
     formats = device, dtype, start.kernels, start.quantization
-    network, ops = load_model(Path(start.model), *formats, deterministic=start.deterministic)
+    network, ops = load_model(Path(start.model), *formats, deterministic=start.deterministic, progress=progress)
     draft: GPT2 | None = None
     if start.draft_model:
         draft, _ = load_model(Path(start.draft_model), *formats, deterministic=start.deterministic)

@@ -1,0 +1,50 @@
+"""What the operator sees of a start: a bar on a terminal, none in a log, and a banner that says what is served."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from serving import RunningServer
+
+from server.commands.serve import Terminal
+
+COMMAND = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--threads", "1"]
+
+
+def test_a_terminal_sees_the_weights_come(tiny: Path) -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "wb") as stderr, os.fdopen(ours, "rb", buffering=0) as terminal:
+        process = subprocess.Popen([*COMMAND, str(tiny)], stdout=subprocess.PIPE, stderr=stderr, text=True)
+        assert process.stdout is not None
+        with process:
+            banner = [process.stdout.readline() for _ in range(2)]
+            process.send_signal(signal.SIGTERM)
+            process.stdout.read()
+            assert process.wait(30) == 0
+        seen = terminal.read(1 << 16).decode(errors="replace")
+    shares = [int(each) for each in re.findall(r"(\d+)%", seen)]
+    assert shares[0] == 0
+    assert shares == sorted(shares)
+    assert "Loading " in seen
+    assert re.search(r"on cpu, .*KV cache for [\d,]+ tokens; ready in", banner[0])
+    assert banner[1].startswith("Serving on http://127.0.0.1:")
+
+
+def test_a_log_sees_no_bar(server: RunningServer) -> None:
+    assert not any("Loading" in line or "\x1b" in line for line in server.lines)
+
+
+def test_the_bar_grows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    terminal = Terminal("http://127.0.0.1:1", type("Served", (), {"name": "some"})())
+    for share in (0.0, 0.5, 0.5, 1.0):
+        terminal.loading(share)
+    bars = capsys.readouterr().err.split("\r")[1:]
+    assert [bar.count("█") for bar in bars] == [0, 15, 30]

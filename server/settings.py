@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     )
     revision: str | None = _flag("model", "revision of a Hugging Face id", None)
     served_model_name: list[str] = _flag("model", "name(s) the model answers to; the first is the one shown", [])
-    alias: list[str] = _flag("model", "further names that mean the model", list(RETIRED_MODELS))
+    alias: list[str] = _rare("further names that mean the model", list(RETIRED_MODELS))
     device: str = _flag("model", "auto, cpu, cuda or cuda:N", "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag("model", "number format of the weights", "auto")
     quantization: Literal["int8"] | None = _flag(
@@ -55,8 +55,7 @@ class Settings(BaseSettings):
     lora_modules: list[str] = _flag(
         "model", "LoRA adapters, or fine-tuned models like the model, to serve beside it: name=directory", []
     )
-    lora_modules_gib: float = _flag(
-        "model",
+    lora_modules_gib: float = _rare(
         "memory for these, in GiB; those used least lately are given up, and read again when needed",
         2.0,
         gt=0,
@@ -71,7 +70,7 @@ class Settings(BaseSettings):
     api_key_file: str | None = _flag("server", "file of keys, one `name: key` a line; SIGHUP reads it again", None)
     open_paths: list[OpenPath] = _flag("server", "paths that need no key, beside /health and /ready", [])
     playground: bool = _flag("server", "serve the playground, a page to try the model, at /", True)
-    allowed_origins: list[str] = _flag("server", "origins that CORS lets in; none by default", [])
+    allowed_origins: list[str] = _rare("origins that CORS lets in; none by default", [])
     shutdown_timeout: float = _flag("server", "seconds running requests get to finish after SIGTERM", 30, ge=0, le=3600)
     head_timeout: float = _rare("seconds a request's head may take to arrive", 10, gt=0, le=600)
     body_timeout: float = _rare("seconds a request's body may take to arrive", 30, gt=0, le=3600)

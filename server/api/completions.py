@@ -81,6 +81,7 @@ class CompletionService:
         params = fit(prompts, params, self.limits, explicit=explicit, alike=asked.beam is not None)
         call = self._call(asked, prompts, params, prefix, caller_of(request.scope), self.model.variant(name))
         generation = self.engine.submit(call)
+        request.scope["generation"] = generation  # its usage is logged
         envelope = Envelope(
             id=call.id if asked.body.request_id is None else prefix + asked.body.request_id,
             object=shape.chunk_object if asked.body.stream else shape.whole_object,

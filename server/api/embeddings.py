@@ -77,6 +77,7 @@ async def answer_embedding(service: CompletionService, request: Request, engine_
     caller = caller_of(request.scope)
     call = _call(prompts, cache_salt(caller, None), service.model.variant(name), caller.name)
     generation = service.engine.submit(call)
+    request.scope["generation"] = generation
     service.running.add(call.id)
     try:
         vectors = await while_there(_collect(generation, body.encoding_format), request)

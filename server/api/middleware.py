@@ -16,6 +16,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.auth import caller_of
 from server.api.body import ClientGone
 from server.api.errors import INTERNAL, error_response
 from server.errors import InvalidRequest
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 OPENAI_VERSION = "2020-10-01"
 UNMATCHED = "unmatched"
+PROBES = frozenset({"/health", "/ready", "/ping", "/metrics", "/load"})
 
 AnswerHook = Callable[[str, int], None]  # route template, HTTP status (499: the client left first)
 
@@ -77,6 +79,7 @@ class AnswerMiddleware:
             await error_response(INTERNAL)(scope, receive, send_marked)
         finally:
             self._on_answer(_route(scope), status or 499)
+            _log_answer(scope, request_id, status or 499, time.perf_counter() - began)
 
     def _refusal(self, scope: Scope) -> Response | None:
         """Of a head that nobody should act upon."""
@@ -97,6 +100,20 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
             return str(value.decode("ascii"))
     return f"req_{secrets.token_hex(16)}"
+
+
+def _log_answer(scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    """One line an answer: whose, which, how much. Of probes and scrapes, which are many, only for debugging."""
+    route = _route(scope)
+    level = logging.DEBUG if route in PROBES else logging.INFO
+    if log.isEnabledFor(level):
+        line = {"request": request_id, "route": route, "status": status, "seconds": round(seconds, 4)}
+        if caller := caller_of(scope).name:
+            line["key"] = caller
+        if (generation := scope.get("generation")) is not None:
+            used = generation.usage
+            line |= {"prompt_tokens": used.prompt_tokens, "completion_tokens": used.completion_tokens}
+        log.log(level, "answered", extra=line)
 
 
 def _route(scope: Scope) -> str:

@@ -145,7 +145,7 @@ def test_garbage_leaves_no_line_in_the_log(server: RunningServer) -> None:
             client.sendall(sent)
             assert read_to_end(client).startswith(b"HTTP/1.1 400 ")
     assert server.complete(prompt="a", max_tokens=1)
-    assert server.lines[before:] == []
+    assert all('"answered"' in line for line in server.lines[before:])  # one line each, of what was answered
 
 
 def test_requests_in_a_row_are_answered_in_order(server: RunningServer) -> None:

@@ -51,7 +51,7 @@ def test_b4_a_mixed_day_leaves_no_word_of_it_in_the_log(server: RunningServer) -
         ask(server, path=f"/v1/{name}/{text}"),
         ask(server, path="/v1/embeddings", input=[text, 5]),
         ask(server, path="/tokenize", prompt=5, text=text),
-        httpx.post(f"{server.url}/v1/completions", content=text, headers={"x-api-key": KEY, "x-request-id": name}),
+        httpx.post(f"{server.url}/v1/completions", content=text, headers={"x-api-key": KEY}),
     ]
     for answer in errors:
         assert 400 <= answer.status_code < 500
@@ -63,6 +63,11 @@ def test_b4_a_mixed_day_leaves_no_word_of_it_in_the_log(server: RunningServer) -
     lines = [json.loads(line) for line in server.lines if line.startswith("{")]
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
     assert not any("exception" in line for line in lines)
+    answered = [line for line in lines if line["message"] == "answered" and line["route"] == "/v1/completions"]
+    assert len(answered) == 9  # the one with the wrong key reached no route
+    assert {line["key"] for line in answered if "key" in line} == {"team-a"}
+    assert answered[0]["request"].startswith("req_")
+    assert (answered[2]["prompt_tokens"], answered[2]["completion_tokens"]) == (2, 2)
 
 
 BUBBLE = [

@@ -21,6 +21,7 @@ from server.checkpoint import EMBEDDED
 
 NAMES = ["gpt2-server-default", "one", "two", "three", "four", "ft:gpt2:whole"]
 PROMPT = "The harbour master wrote:"
+TIGHT = {"GPT2_SERVER_LORA_MODULES_GIB": "0.0001"}  # of memory for those that are loaded
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_guessing_changes_no_answer(server: RunningServer, modules: list[str]) -
 
 def test_little_memory_is_enough(server: RunningServer, modules: list[str]) -> None:
     """Less than any two need: each request for another reads it again."""
-    with serving(None, "--threads", "1", "--lora-modules-gib", "0.0001", "--lora-modules", *modules) as tight:
+    with serving(None, "--threads", "1", "--lora-modules", *modules, env=TIGHT) as tight:
         for name in [*NAMES, *NAMES]:
             assert text(tight.complete(**body(name))) == text(server.complete(**body(name)))
 
@@ -144,7 +145,7 @@ def test_files_that_have_gone_fail_one_request(modules: list[str], tmp_path: Pat
     (tmp_path / "a").mkdir()
     for file in Path(source).iterdir():
         (tmp_path / "a" / file.name).write_bytes(file.read_bytes())
-    with serving(None, "--threads", "1", "--lora-modules-gib", "0.0001", "--lora-modules", *kept) as server:
+    with serving(None, "--threads", "1", "--lora-modules", *kept, env=TIGHT) as server:
         server.complete(**body("two"))
         (tmp_path / "a" / "adapter_model.safetensors").unlink()
         answer = httpx.post(f"{server.url}/v1/completions", json=body("one"))

@@ -247,3 +247,31 @@ def test_f9_a_stuck_reader_holds_no_block_for_long(tiny: Path) -> None:
             now = server.wait_until_idle()
         assert now['gpt2_request_success_total{finished_reason="abort"}'] == 32
         assert sum("a client does not read its answer" in line for line in server.lines) == 1
+
+
+@pytest.mark.slow
+def test_f10_two_thousand_half_requests(tiny: Path, descriptors: int) -> None:
+    """Half heads are closed at their deadline of 10 s; half bodies are told so at theirs, of 30 s, and closed."""
+    with serving(tiny, "--threads", "1") as server, ExitStack() as stack:
+        began = time.monotonic()
+        for sent in (b"GET /x HT", HALF):
+            for _ in range(1000):
+                stack.enter_context(connect(server.url)).sendall(sent)
+        waits = []
+        with httpx.Client() as probe:
+            for _ in range(500):
+                asked = time.perf_counter()
+                assert probe.get(f"{server.url}/health").status_code == 200
+                waits.append(time.perf_counter() - asked)
+        process, left = psutil.Process(server.process.pid), []
+        while not left or left[-1][1]:
+            count = sum(each.status == "ESTABLISHED" for each in process.net_connections("tcp"))
+            left.append((time.monotonic() - began, count))
+            assert left[-1][0] < 60
+            time.sleep(0.2)
+        heads = next(when for when, count in left if count <= 1000)
+        p99 = statistics.quantiles(waits, n=100)[-1]
+        print(f"heads gone after {heads:.1f} s, bodies after {left[-1][0]:.1f} s, probe p99 {p99 * 1000:.1f} ms")
+        assert heads < 15
+        assert left[-1][0] < 40
+        assert p99 < 0.02

@@ -1,6 +1,7 @@
 """The worker is killed or stopped at random, twenty times, under 32 mixed streams of the default model.
 
-No stream may fail, or say another byte than in an undisturbed run. KILLS_REPORT says where the figures go as JSON.
+No stream may fail, or say another byte than in an undisturbed run. RECOVERY_MAX (seconds) is for machines that are busy
+with other things, KILLS for those who cannot wait; KILLS_REPORT says where the figures go as JSON.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import pytest
 from mixed import mixed_requests, stream_all, stream_choices
 from serving import RunningServer, serving
 
-KILLS = 20
+KILLS = int(os.environ.get("KILLS", "20"))
 STREAMS = 32
-RECOVERY_MAX = 3.0  # seconds
+RECOVERY_MAX = float(os.environ.get("RECOVERY_MAX", "3.0"))
 
 
 def recovery(server: RunningServer, number: signal.Signals) -> float:
@@ -80,4 +81,4 @@ def test_twenty_deaths_under_thirty_two_streams(number: signal.Signals) -> None:
         with Path(os.environ["KILLS_REPORT"]).open("a") as file:
             file.write(json.dumps(report) + "\n")
     assert restarts == KILLS
-    assert max(seconds) <= float(os.environ.get("RECOVERY_MAX", RECOVERY_MAX))
+    assert max(seconds) <= RECOVERY_MAX

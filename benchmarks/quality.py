@@ -25,7 +25,7 @@ from model.loading import choose_kv_dtype, load_model
 from model.tokenizer import read_tokenizer
 
 CPU = torch.device("cpu")
-ROWS = 32  # of logits at once
+ROWS = 8  # of logits at once
 FORMATS: dict[str, tuple[torch.dtype, str | None]] = {
     "fp32": (torch.float32, None),
     "fp16": (torch.float16, None),
@@ -82,13 +82,15 @@ def compare(scorers: dict[str, Scorer], ids: list[int], context: int) -> dict[st
         hidden = {name: scorer.hidden(window[:-1]).split(ROWS) for name, scorer in scorers.items()}
         for part, targets in enumerate(window[1:].split(ROWS)):
             exact: Tensor | None = None
+            likely: Tensor | None = None
             for name, scorer in scorers.items():
                 scores = scorer.logprobs(hidden[name][part])
                 exact = scores if exact is None else exact
+                likely = exact.exp() if likely is None else likely
                 of = sums[name]
                 of.nats -= scores.gather(1, targets[:, None]).double().sum().item()
-                of.divergence += (exact.exp() * (exact - scores)).double().sum().item()
-                of.agreed += int((exact.argmax(-1) == scores.argmax(-1)).sum())
+                of.divergence += 0.0 if exact is scores else (likely * (exact - scores)).double().sum().item()
+                of.agreed += int((exact.numpy().argmax(-1) == scores.numpy().argmax(-1)).sum())
                 of.tokens += len(targets)
     return sums
 

@@ -482,25 +482,32 @@ static void FN(norm)(const void *call, const struct batch *b)
     }
 }
 
-/* Weights [i, i + n) of one output, n <= VL: a column of its panel. */
-static vf FN(unpack)(const struct linear *w, int64_t output, int64_t i, int64_t n)
+/* All weights of one output to `to`: a column of its panel. */
+static void FN(unpack)(const struct linear *w, int64_t output, float *to)
 {
     const char *panel = (const char *)w->panels + output / PANEL * panel_bytes(w, PANEL);
     const int64_t o = output % PANEL;
-    float row[VL] = {0};
     uint16_t halves[VL] = {0};
-    for (int64_t j = 0; j < n; j++) {
-        const int64_t at = i + j;
-        switch (w->kind) {
-        case KIND_F32: row[j] = ((const float *)panel)[at * PANEL + o]; break;
-        case KIND_F16: halves[j] = ((const uint16_t *)panel)[at * PANEL + o]; break;
-        default: row[j] = (panel + at / KB * PANEL * (KB + 4))[PANEL * 4 + at % KB / 4 * PANEL * 4 + o * 4 + at % 4];
-        }
-    }
     switch (w->kind) {
-    case KIND_F32: return FN(load)(row);
-    case KIND_F16: return FN(load_half)(halves);
-    default: return FN(load)(row) * w->scale[output];
+    case KIND_F32:
+        for (int64_t i = 0; i < w->in; i++)
+            to[i] = ((const float *)panel)[i * PANEL + o];
+        break;
+    case KIND_F16:
+        for (int64_t k = 0, n; k < w->in; k += n) {
+            n = MIN(VL, w->in - k);
+            for (int64_t i = 0; i < n; i++)
+                halves[i] = ((const uint16_t *)panel)[(k + i) * PANEL + o];
+            const vf row = FN(load_half)(halves);
+            memcpy(to + k, &row, n * sizeof *to);
+        }
+        break;
+    default:
+        for (int64_t k = 0; k < w->in; k += KB, panel += PANEL * (KB + 4)) {
+            const int8_t *fours = (const int8_t *)panel + PANEL * 4 + o * 4;
+            for (int64_t i = 0; i < MIN(KB, w->in - k); i++)
+                to[k + i] = fours[i / 4 * PANEL * 4 + i % 4] * w->scale[output];
+        }
     }
 }
 
@@ -510,11 +517,9 @@ static void FN(embed)(const void *call, const struct batch *b)
     for (int64_t row; (row = next_item()) < b->rows;) {
         const float *position = c->positions + b->positions[row] * c->width;
         float *y = c->y + row * c->width;
-        for (int64_t i = 0; i < c->width; i += VL) {
-            const int64_t n = MIN(VL, c->width - i);
-            const vf sum = FN(unpack)(c->tokens, b->tokens[row], i, n) + FN(load_some)(position + i, n);
-            memcpy(y + i, &sum, n * sizeof *y);
-        }
+        FN(unpack)(c->tokens, b->tokens[row], y);
+        for (int64_t i = 0; i < c->width; i++)
+            y[i] += position[i];
     }
 }
 

@@ -92,6 +92,7 @@ class Worker:
 
     def loop(self) -> None:
         """Until Shutdown. Raises EOFError or ConnectionError when the api process is gone."""
+        self._report([])  # what came before the first step was taken in
         while not self._stopping:
             messages = self._channel.receive(wait=self._idle)
             self.handle(messages)

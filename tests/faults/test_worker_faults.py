@@ -77,6 +77,13 @@ def test_a_slow_worker_is_not_killed(tiny: Path) -> None:
         assert server.metrics()["gpt2_worker_restarts_total"] == 0
 
 
+def test_a_worker_that_was_never_asked_anything_may_be_silent(tiny: Path) -> None:
+    with serving(tiny, "--threads", "1", "--stall-timeout", "1") as server:
+        worker = server.worker_pid
+        time.sleep(3)
+        assert server.worker_pid == worker
+
+
 @pytest.mark.slow
 def test_an_idle_worker_may_be_silent(tiny: Path) -> None:
     with serving(tiny, "--threads", "1", "--stall-timeout", "1") as server:

@@ -46,9 +46,9 @@ class Prometheus:
 
 @contextmanager
 def prometheus(directory: Path, targets: list[str]) -> Iterator[Prometheus]:
-    """The committed rules, but scraped and worked out every half second, and with alerts that wait for nothing."""
+    """The committed rules, but scraped and worked out every second, and with alerts that wait for nothing."""
     config = yaml.safe_load((DOCKER / "prometheus.yml").read_text("utf-8"))
-    config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
+    config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config["scrape_configs"] = [{"job_name": "gpt2-server", "static_configs": [{"targets": targets}]}]
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
     shutil.copy(DOCKER / "recording.yml", directory)

@@ -12,17 +12,22 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from model.byte_level import ByteLevelTokenizer
+from model.byte_level import ByteLevelTokenizer
+from model.config import read_config
 from model.sampling_params import SamplingParams
+from server.checkpoint import EMBEDDED
 from server.engine.admission import Admission
 from server.engine.candidate import Candidate
 from server.engine.engine import Engine
 from server.engine.generation import RunningGeneration
 from server.engine.observer import Observer
 from server.engine.request import GenerationRequest, Prompt
+from server.engine.variants import Variants
 from server.errors import Overloaded
 from server.metrics import PROCESS, Metrics
 from server.worker.messages import FinishReason, Ready, Refused, SequenceOutput, Stats, Step, ToWorker, Work
 
+VARIANTS = Variants(read_config(EMBEDDED))
 TOKENIZER = ByteLevelTokenizer(
     {bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}, "<|endoftext|>", 257
 )
@@ -54,7 +59,15 @@ class World:
     def __post_init__(self) -> None:
         observer = Observer(self.metrics)
         admission = Admission(QUEUED, 1 << 16)
-        self.engine = Engine(TOKENIZER, admission, observer, workers=WORKERS, request_timeout=60, stall_timeout=60)
+        self.engine = Engine(
+            TOKENIZER,
+            admission,
+            observer,
+            workers=WORKERS,
+            request_timeout=60,
+            stall_timeout=60,
+            variants=VARIANTS,
+        )
         for worker in range(WORKERS):
             self.join(worker)
 

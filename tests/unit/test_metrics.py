@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from model.byte_level import ByteLevelTokenizer
-from model.byte_level import ByteLevelTokenizer
 from model.config import read_config
 from model.sampling_params import SamplingParams
 from server.checkpoint import EMBEDDED

@@ -120,7 +120,7 @@ class AdaptedRows:
     """Those rows of a batch that belong to one adapter."""
 
     adapter: Adapter
-    rows: Tensor  # (rows of the adapter,) int64
+    rows: Tensor | None  # (rows of the adapter,) int64; None for all
 
 
 def adapted_linear(
@@ -133,8 +133,11 @@ def adapted_linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `linear(x, ...)`, with its adapter's share for each adapted row; other rows keep every bit."""
+    if len(adapted) == 1 and adapted[0].rows is None:
+        return _all_adapted(adapted[0].adapter.delta(place, x), linear, x, activation, residual)
     y = linear(x, activation=activation, residual=residual)
     for part in adapted:
+        assert part.rows is not None
         own = x[part.rows]
         delta = part.adapter.delta(place, own)
         if delta is None:
@@ -144,3 +147,13 @@ def adapted_linear(
         else:
             y[part.rows] = activate_alike(linear(own) + delta, activation)
     return y
+
+
+def _all_adapted(
+    delta: Tensor | None, linear: Linear, x: Tensor, activation: Activation | None, residual: Tensor | None
+) -> Tensor:
+    """The same bits, without looking for rows."""
+    if delta is None:
+        return linear(x, activation=activation, residual=residual)
+    y = linear(x, residual=residual).add_(delta)
+    return y if activation is None else activate_alike(y, activation)

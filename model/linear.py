@@ -54,6 +54,8 @@ def activate_alike(x: Tensor, activation: Activation) -> Tensor:
     """
     width = x.shape[1]
     together = max(1, SINGLE_THREAD_ELEMENTS // width) if width % WIDEST_UNROLLED == 0 else 1
+    if x.shape[0] <= together:
+        return activate(x, activation)
     return torch.cat([activate(piece, activation) for piece in x.split(together)])
 
 

@@ -212,4 +212,6 @@ def _adapted(spans: list[Span], device: torch.device) -> list[AdaptedRows]:
         if adapter is not None:
             adapters.setdefault(id(adapter), (adapter, []))[1].extend(range(at, at + span.count))
         at += span.count
+    if len(adapters) == 1 and all(len(rows) == at for _, rows in adapters.values()):
+        return [AdaptedRows(adapter, None) for adapter, _ in adapters.values()]
     return [AdaptedRows(adapter, torch.tensor(rows, device=device)) for adapter, rows in adapters.values()]

@@ -24,7 +24,7 @@ from model.training.network import Network
 from model.training.tuner import Objective, Recipe, Tuner, cross_entropy
 from model.unigram import SPIECE_NAMES
 
-RATES = {"full": 5e-5, "lora": 1e-3, "output_layer": 5e-4}  # at GPT-2's width; narrower networks bear more
+RATES = {"full": 1e-4, "lora": 1e-3, "output_layer": 5e-4}  # at GPT-2's width; narrower networks bear more
 FROM_SCRATCH_RATE = 6e-4
 DISTILLATION_RATE = 2.5e-4
 GPT2_WIDTH = 768

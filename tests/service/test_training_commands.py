@@ -67,6 +67,7 @@ def test_what_is_wrong_is_said(data: Path, tmp_path: Path, capfd: pytest.Capture
     assert "a shape of its own needs 'init'" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_it_and_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
     arguments = ["fine-tune", str(data), "--out", str(tmp_path / "out"), "--threads", "1", "--epochs", "1000"]
     process = subprocess.Popen(

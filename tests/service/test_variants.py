@@ -117,6 +117,7 @@ def test_streams_survive_the_death_of_the_worker(server: RunningServer) -> None:
     assert asyncio.run(ask()) == alone
 
 
+@pytest.mark.slow
 def test_guessing_changes_no_answer(server: RunningServer, modules: list[str]) -> None:
     bodies = [body(name, max_tokens=40) for name in NAMES]
     alone = [text(server.complete(**each)) for each in bodies]

@@ -16,10 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from transformers import GPT2LMHeadModel
 
-from benchmarks.serving import machine, our_server, resident_mib
+from benchmarks.serving import machine, resident_mib
+from server.load import started
 
 TOKENS = 512
 TEXTS = 8
@@ -63,8 +65,8 @@ def main() -> None:
     arguments = parser.parse_args()
     network = GPT2LMHeadModel.from_pretrained(arguments.model, dtype=torch.float32).eval()
     found: dict[str, list[float]] = {"ours, one text at a time": [], "ours, four at once": [], "transformers": []}
-    with our_server(str(arguments.model), arguments.flags) as (server, _, process):
-        url = server.url
+    with started(str(arguments.model), arguments.flags) as (server, seconds, pid):
+        url, process = server.url, psutil.Process(pid)
         score(url, texts(0)[0])
         theirs(network, texts(0)[:1] * TEXTS)
         before = resident_mib(process)
@@ -78,6 +80,7 @@ def main() -> None:
     base = median(found["transformers"])
     for name, rates in found.items():
         print(f"{name:<26}{median(rates):8.0f} tokens/s{median(rates) / base:7.2f}x")
+    print(f"ready after {seconds:.1f} s, {before:.0f} MiB resident after one text")
     print(f"our processes grew by {grown:.0f} MiB, the KV cache's first use included")
 
 

@@ -12,6 +12,7 @@ from model.gpt2 import GPT2
 from model.gpu import cuda
 from model.gpu import ops as gpu
 from model.kernels import KernelOps, KernelsUnavailableError, Storage, load
+from model.memory import give_back
 from model.ops import Ops, TorchOps
 from model.weights import Progress, read_weights
 
@@ -100,6 +101,8 @@ def load_model(
     ops = choose_ops(device, dtype, kernels, quantization, deterministic=deterministic)
     try:
         with torch.inference_mode():
-            return GPT2(config, read_weights(directory, config, progress), ops), ops
+            network = GPT2(config, read_weights(directory, config, progress), ops)
     except cuda.OutOfMemoryError as error:
         raise DeviceError(f"{cuda.describe(device)} has too little free memory for the weights") from error
+    give_back()
+    return network, ops

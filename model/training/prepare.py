@@ -13,6 +13,7 @@ from model.adapter_config import AdapterConfig, sites_of
 from model.chat_template import ChatTemplate
 from model.config import ModelConfig, read_config
 from model.errors import ConfigError
+from model.gpu import cuda
 from model.loading import choose_device
 from model.tokenizer import read_tokenizer
 from model.training.checkpoint import export_weights, load_network
@@ -179,7 +180,7 @@ def _rate(job: Job, config: ModelConfig) -> float:
 
 def _half_precision(precision: str, device: torch.device) -> bool:
     if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and cuda.has_bfloat16()
     return precision == "bfloat16"
 
 

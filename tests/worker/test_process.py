@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from model.sampling_params import SamplingParams
-from server.worker.messages import Add, FromWorker, Ready, Refused, Shutdown, Start, Step, ToWorker
+from server.worker.messages import Add, FromWorker, Ready, Refused, Shutdown, Start, Starting, Step, ToWorker
 
 
 @pytest.fixture
@@ -43,11 +43,14 @@ def worker(tiny: Path) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]
         kernels="auto",
         threads=1,
     )
-    with ours:
-        tell(ours, start)
-        assert isinstance(hear(ours), Ready)
-        yield ours, process
-    assert process.wait(60) == 0
+    with process:
+        with ours:
+            tell(ours, start)
+            while isinstance(message := hear(ours), Starting):
+                pass
+            assert isinstance(message, Ready)
+            yield ours, process
+        assert process.wait(60) == 0
 
 
 def tell(sock: socket.socket, *messages: ToWorker) -> None:

@@ -1,4 +1,4 @@
-"""From settings to a running service and back: what is started, in which order, and how it ends.
+"""A backend served over HTTP, from its start to its end: what is started, in which order, and how it ends.
 
 Signals are ours: SIGTERM or SIGINT drains (no new work, running requests finish), a second one ends at once;
 SIGHUP reads the key file again.
@@ -8,85 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hashlib
-import importlib
 import logging
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from fastapi import FastAPI
-
-from model.config import ModelConfig, read_config
-from model.errors import ConfigError, ModelError
-from model.tokenizer import Tokenizer, read_tokenizer
-from server import __version__
-from server.api.chat_template import ChatTemplate, read_chat_template
-from server.api.keys import Key, Keyring, load_keys
-from server.api.limits import Limits
-from server.api.models import ServedModel
-from server.app import create_app
-from server.checkpoint import Checkpoint, find_checkpoint
-from server.engine.admission import Admission
-from server.engine.engine import Engine
-from server.engine.grammars import GrammarChecker, checker_command
-from server.engine.observer import Observer
-from server.engine.quota import TokenBuckets
-from server.engine.supervisor import Supervisor
-from server.engine.variants import Variants
+from server.api.keys import Keyring
+from server.assembly import POLL, Backend, assemble, read_keys
 from server.errors import Draining, EngineError, SettingsError
 from server.http import BACKLOG, Edges, HTTPServer, http_server
-from server.metrics import Metrics
 from server.settings import Settings
-from server.worker.messages import Ready, Start
+from server.worker.messages import Ready
 
 log = logging.getLogger(__name__)
 
 LAG_PERIOD = 0.25  # seconds between looks at how late the event loop is
-POLL = 0.02  # seconds between looks at whether a worker is ready, or a drain is done
-OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-KV_CACHE_GIB = 2.0  # where nothing else is asked for, and there is no GPU to fill
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """The application and the processes that compute for it. It has no socket: whoever has one carries it."""
-
-    app: FastAPI
-    engine: Engine
-    supervisors: list[Supervisor]  # one for each worker
-    grammars: GrammarChecker | None  # None where the vocabulary is not one of bytes
-    served: ServedModel
-    keys: Keyring | None
-    metrics: Metrics
-
-    @property
-    def ready(self) -> bool:
-        return self.engine.ready and (self.grammars is None or self.grammars.ready)
-
-    async def start_checker(self) -> None:
-        """Before the first request: no grammar has to wait for it later on."""
-        if self.grammars is not None:
-            await self.grammars.start()
-
-    def start(self) -> list[asyncio.Task[int]]:
-        """One task a worker; it ends, with an exit status, when its worker cannot be kept running."""
-        return [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
-
-    async def stop(self, workers: list[asyncio.Task[int]]) -> int:
-        """Returns the exit status."""
-        for supervisor in self.supervisors:
-            supervisor.stop()
-        status = max(await asyncio.gather(*workers))
-        if self.grammars is not None:
-            await self.grammars.stop()
-        return status
 
 
 class Announcer(Protocol):
@@ -187,152 +128,6 @@ def build(settings: Settings) -> Service:
     )
 
 
-def assemble(settings: Settings) -> Backend:
-    """Raises ModelError where the model cannot be served."""
-    checkpoint = find_checkpoint(settings.model, settings.revision)
-    config = read_config(checkpoint.directory)
-    tokenizer = read_tokenizer(checkpoint.directory, config.vocab_size, config.eos_token_id)
-    max_model_len = _context(settings, config)
-    served = _served_model(settings, checkpoint, max_model_len)
-    metrics = Metrics(served.name, __version__, settings.workers)
-    admission = Admission(settings.max_num_queued_reqs, settings.max_num_queued_tokens)
-    per_minute = settings.max_tokens_per_minute
-    buckets = None if per_minute is None else TokenBuckets(per_minute)
-    variants = _variants(settings.lora_modules, served, config)
-    served = replace(served, variants=variants)
-    engine = Engine(
-        tokenizer,
-        admission,
-        Observer(metrics),
-        settings.workers,
-        buckets,
-        request_timeout=settings.request_timeout,
-        stall_timeout=settings.stall_timeout,
-        variants=variants,
-    )
-    command = checker_command(str(checkpoint.directory), config.vocab_size, config.eos_token_id)
-    grammars = GrammarChecker(command) if tokenizer.byte_level else None
-    keys = _keyring(settings)
-    tracing = _tracing()
-    tracer = None if tracing is None else tracing.exporting_tracer(__version__)
-    app = create_app(
-        engine=engine if tracing is None else tracing.TracedEngine(engine, tracer, served.name),
-        tokenizer=tokenizer,
-        model=served,
-        limits=_limits(settings, max_model_len, config.vocab_size),
-        version=__version__,
-        registry=metrics.registry,
-        on_answer=metrics.answered,
-        grammars=grammars,
-        chat_template=_chat_template(settings, tokenizer),
-        sleeper=engine,
-        keys=keys,
-        max_headers=settings.max_headers,
-        open_paths=frozenset(settings.open_paths),
-        cors_origins=settings.allowed_origins,
-        playground=settings.playground,
-    )
-    if tracing is not None:
-        app.add_middleware(tracing.TraceMiddleware, tracer=tracer)
-    return Backend(
-        app=app,
-        engine=engine,
-        supervisors=[
-            Supervisor(
-                _start(settings, checkpoint, config, max_model_len, worker),
-                engine,
-                worker,
-                stall_timeout=settings.stall_timeout,
-            )
-            for worker in range(settings.workers)
-        ],
-        grammars=grammars,
-        served=served,
-        keys=keys,
-        metrics=metrics,
-    )
-
-
-def _tracing() -> Any | None:
-    """The module server.tracing, where the standard variables ask for spans. Raises SettingsError without its extra."""
-    off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
-    if off or not any(os.environ.get(name) for name in OTLP_ENDPOINTS):
-        return None
-    try:
-        return importlib.import_module("server.tracing")
-    except ImportError:
-        raise SettingsError("OTEL_* variables ask for traces, which need: pip install 'gpt2-server[otel]'") from None
-
-
-def _context(settings: Settings, config: ModelConfig) -> int:
-    wanted = settings.max_model_len or config.n_positions
-    if wanted > config.n_positions:
-        raise ConfigError(f"max_model_len {wanted} is more than the model's {config.n_positions} positions")
-    return wanted
-
-
-def _chat_template(settings: Settings, tokenizer: Tokenizer) -> ChatTemplate | None:
-    if settings.chat_template is None:
-        return None
-    path = Path(settings.chat_template).expanduser()
-    return read_chat_template(path, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-
-
-def _served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int) -> ServedModel:
-    name, *more = settings.served_model_name or [checkpoint.name]
-    return ServedModel(
-        name=name,
-        aliases=(*more, *settings.alias),
-        created=int(time.time()),
-        root=checkpoint.name,
-        max_model_len=max_model_len,
-        fingerprint=_fingerprint(checkpoint, f"{settings.dtype} {settings.quantization} {settings.kv_cache_dtype}"),
-    )
-
-
-def _variants(modules: list[str], served: ServedModel, config: ModelConfig) -> Variants:
-    """Raises SettingsError or ModelError."""
-    variants = Variants(config)
-    for module in modules:
-        name, separator, path = module.partition("=")
-        directory = Path(path).expanduser()
-        if not separator or not name or not directory.is_dir():
-            raise SettingsError(f"lora_modules: {module!r} is not name=directory")
-        if name in served.names:
-            raise SettingsError(f"lora_modules: {name!r} is a name of the model itself")
-        try:
-            variants.add(name, directory)
-        except ModelError as error:
-            raise ModelError(f"{name}: {error}") from None
-    return variants
-
-
-def _fingerprint(checkpoint: Checkpoint, formats: str) -> str:
-    """The same for the same files, number formats and version: weights by size and time, which a start can afford."""
-    digest = hashlib.sha256(f"{__version__} {formats}".encode())
-    for path in sorted(checkpoint.directory.glob("*.safetensors")):
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    digest.update((checkpoint.directory / "config.json").read_bytes())
-    return f"gpt2-server-{__version__}-{digest.hexdigest()[:8]}"
-
-
-def _limits(settings: Settings, max_model_len: int, vocab_size: int) -> Limits:
-    return Limits(
-        max_model_len=max_model_len,
-        vocab_size=vocab_size,
-        max_choices=settings.max_choices,
-        max_best_of=settings.max_best_of,
-        max_prompts=settings.max_sequences,
-        max_sequences=settings.max_sequences,
-        max_stop_strings=settings.max_stop_strings,
-        max_stop_length=settings.max_stop_length,
-        max_logprobs=settings.max_logprobs,
-        max_body_bytes=settings.max_body_bytes,
-        body_timeout=settings.body_timeout,
-    )
-
-
 def _edges(settings: Settings) -> Edges:
     return Edges(
         head_timeout=settings.head_timeout,
@@ -343,65 +138,15 @@ def _edges(settings: Settings) -> Edges:
     )
 
 
-def _keyring(settings: Settings) -> Keyring | None:
-    """None where nobody needs a key. Raises SettingsError."""
-    keys = _keys(settings)
-    return Keyring(keys) if keys else None
-
-
-def _keys(settings: Settings) -> list[Key]:
-    single = None if settings.api_key is None else settings.api_key.get_secret_value()
-    return load_keys(single, settings.api_key_file)
-
-
 def _reload(settings: Settings, keyring: Keyring) -> None:
     """A file that cannot be used changes nothing: who had a key still has it."""
     try:
-        keys = _keys(settings)
+        keys = read_keys(settings)
     except SettingsError as error:
         log.error("the keys stay as they were", extra={"reason": str(error)})
         return
     keyring.replace(keys)
     log.info("keys read again", extra={"keys": len(keys)})
-
-
-def _start(settings: Settings, checkpoint: Checkpoint, config: ModelConfig, max_model_len: int, worker: int) -> Start:
-    """Of several workers, each has its share of the cores and of the KV cache, or a CUDA device of its own."""
-    cores = len(os.sched_getaffinity(0))
-    return Start(
-        model=str(checkpoint.directory),
-        device=f"cuda:{worker}" if settings.device == "cuda" and settings.workers > 1 else settings.device,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        target_itl=settings.target_itl,
-        block_size=settings.block_size,
-        kv_cache_bytes=int((settings.kv_cache_gib or KV_CACHE_GIB) * (1 << 30)) // settings.workers,
-        gpu_utilization=settings.gpu_memory_utilization if settings.kv_cache_gib is None else None,
-        deterministic=settings.deterministic,
-        prefix_caching=settings.enable_prefix_caching,
-        kernels=settings.kernels,
-        threads=settings.threads or max(cores // settings.workers, 1),
-        drafts=0 if settings.speculative_method == "off" else settings.num_speculative_tokens,
-        draft_model=_draft_model(settings.speculative_model, config, max_model_len),
-        variant_bytes=int(settings.lora_modules_gib * (1 << 30)) // settings.workers,
-    )
-
-
-def _draft_model(name: str | None, config: ModelConfig, max_model_len: int) -> str | None:
-    """Its directory. Raises ModelError where it cannot guess for the model."""
-    if name is None:
-        return None
-    directory = find_checkpoint(name, None).directory
-    draft = read_config(directory)
-    if draft.vocab_size != config.vocab_size:
-        raise ConfigError(f"the speculative model has {draft.vocab_size} tokens, the model {config.vocab_size}")
-    if draft.n_positions < max_model_len:
-        raise ConfigError(f"the speculative model has {draft.n_positions} positions, fewer than {max_model_len}")
-    return str(directory)
 
 
 def _listen(host: str, port: int) -> socket.socket:

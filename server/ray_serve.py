@@ -30,9 +30,9 @@ from starlette.types import Message
 
 from server.api.errors import error_object, error_response
 from server.api.sse import event
+from server.assembly import POLL, Backend, assemble
 from server.engine.router import CROWD, PrefixRecord, block_digests
 from server.errors import BodyTooLarge, EngineError, Overloaded
-from server.lifecycle import POLL, Backend, assemble
 from server.settings import Settings
 
 log = logging.getLogger("ray.serve")

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of requests, by the gen_ai semantic conventions. Needs the extra `[otel]`; lifecycle imports it
+"""OpenTelemetry spans of requests, by the gen_ai semantic conventions. Needs the extra `[otel]`; assembly imports it
 only where the standard OTEL_* variables ask for traces, so otherwise it costs nothing.
 
 A span for the HTTP request, which continues the caller's trace where there is a `traceparent`, and below it one for

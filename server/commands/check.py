@@ -13,9 +13,9 @@ from model.config import ModelConfig, read_config
 from model.errors import ModelError, WeightsError
 from model.tokenizer import Tokenizer, read_tokenizer
 from model.weights import read_weights
+from server.assembly import KV_CACHE_GIB
 from server.checkpoint import Checkpoint, find_checkpoint
 from server.commands.fetch import READ_BYTES, SUMS
-from server.lifecycle import KV_CACHE_GIB
 from server.settings import Settings, read_settings, some_flags
 from server.worker.memory import pool_size
 

@@ -17,8 +17,8 @@ from starlette.types import Message, Scope
 
 from model.errors import ModelError
 from server import logs
+from server.assembly import POLL, Backend, assemble
 from server.errors import SettingsError
-from server.lifecycle import POLL, Backend, assemble
 from server.settings import Settings, read_settings, some_flags
 
 INTERRUPTED = 130

@@ -115,9 +115,9 @@ def run_machine(examples: int, at_least: int) -> None:
         ),
     )
     assert SchedulerMachine.operations >= at_least
-    assert SchedulerMachine.preemptions > at_least / 2000, "the pools were never short"
+    assert SchedulerMachine.preemptions > at_least / 20_000, "the pools were never short"
     assert SchedulerMachine.hits > at_least / 100, "nothing was shared"
-    assert SchedulerMachine.accepted > at_least / 100, "no guess was right"
+    assert SchedulerMachine.accepted > at_least / 1000, "no guess was right"
 
 
 def test_every_promise_holds_over_100_000_operations() -> None:

@@ -28,11 +28,13 @@ from server.api.playground import FILES as PLAYGROUND_FILES
 from server.api.playground import playground_routes
 from server.api.schemas import ErrorAnswer
 from server.api.sleep import Sleeper, sleep_routes
+from server.api.stored import stored_routes
 from server.api.tokenize import tokenize_routes
 from server.engine.grammars import GrammarChecker
 from server.engine.output import TokenTexts
 from server.engine.request import GenerationEngine
 from server.errors import ServerError
+from server.jobs.store import Store
 
 EXPOSED_HEADERS = (
     "x-request-id", "openai-processing-ms", "openai-model", "openai-version", "retry-after", "x-ignored-fields",
@@ -68,6 +70,7 @@ def create_app(
     grammars: GrammarChecker | None = None,
     chat_template: ChatTemplate | None = None,
     sleeper: Sleeper | None = None,
+    store: Store | None = None,
     keys: Keyring | None = None,
     open_paths: Set[str] = frozenset(),
     max_headers: int = 100,
@@ -101,6 +104,7 @@ def create_app(
     app.include_router(engine_routes(model, engine))
     app.include_router(tokenize_routes(model, tokenizer, texts, limits))
     app.include_router(ops_routes(engine, registry, running, version, grammars))
+    app.include_router(stored_routes(store, limits))
     if sleeper is not None:
         app.include_router(sleep_routes(sleeper))
     app.add_exception_handler(ServerError, answer_server_error)

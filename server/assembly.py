@@ -35,6 +35,7 @@ from server.engine.quota import TokenBuckets
 from server.engine.supervisor import Supervisor
 from server.engine.variants import Variants
 from server.errors import SettingsError
+from server.jobs.store import Store, open_store
 from server.metrics import Metrics
 from server.settings import Settings
 from server.worker.messages import Start
@@ -55,6 +56,7 @@ class Backend:
     served: ServedModel
     keys: Keyring | None
     metrics: Metrics
+    store: Store | None  # None without a data directory
 
     @property
     def ready(self) -> bool:
@@ -76,6 +78,8 @@ class Backend:
         status = max(await asyncio.gather(*workers))
         if self.grammars is not None:
             await self.grammars.stop()
+        if self.store is not None:
+            self.store.close()
         return status
 
 
@@ -105,6 +109,7 @@ def assemble(settings: Settings) -> Backend:
     command = checker_command(str(checkpoint.directory), config.vocab_size, config.eos_token_id)
     grammars = GrammarChecker(command) if tokenizer.byte_level else None
     keys = _keyring(settings)
+    store = _store(settings)
     tracing = _tracing()
     tracer = None if tracing is None else tracing.exporting_tracer(__version__)
     app = create_app(
@@ -118,6 +123,7 @@ def assemble(settings: Settings) -> Backend:
         grammars=grammars,
         chat_template=_chat_template(settings, tokenizer),
         sleeper=engine,
+        store=store,
         keys=keys,
         max_headers=settings.max_headers,
         open_paths=frozenset(settings.open_paths),
@@ -142,7 +148,16 @@ def assemble(settings: Settings) -> Backend:
         served=served,
         keys=keys,
         metrics=metrics,
+        store=store,
     )
+
+
+def _store(settings: Settings) -> Store | None:
+    """Raises SettingsError."""
+    if settings.data_dir is None:
+        return None
+    url = None if settings.database_url is None else settings.database_url.get_secret_value()
+    return open_store(Path(settings.data_dir).expanduser().resolve(), url, settings.max_file_bytes)
 
 
 def _tracing() -> Any | None:

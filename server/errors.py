@@ -99,6 +99,13 @@ class Overloaded(TryLater):
     """The queue is full, or no worker is ready yet."""
 
 
+class StorageError(TryLater):
+    """Files or the database cannot be read or written now."""
+
+    def __init__(self) -> None:
+        super().__init__("The server cannot reach or write its store. Please try again later.", code="storage_error")
+
+
 class Draining(Overloaded):
     """The server is about to leave; the client had better take another connection."""
 

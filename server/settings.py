@@ -79,6 +79,22 @@ class Settings(BaseSettings):
     max_connections: int = _rare("connections at once; beyond it the one that has been idle longest goes", 12000, ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = _flag("server", "how much to log", "info")
 
+    # Files and jobs
+    data_dir: str | None = _flag(
+        "server", "directory of files, fine-tuning jobs and what they make; default: none, and no such routes", None
+    )
+    database_url: SecretStr | None = _flag(
+        "server",
+        "postgresql+psycopg://… for several servers with one --data-dir; default: SQLite in --data-dir",
+        None,
+        repr=False,
+    )
+    max_file_bytes: int = _rare("bytes of an uploaded file", 512 << 20, ge=1024)
+    training_device: str = _rare(
+        "where fine-tuning jobs run: auto, cpu, cuda or cuda:N", "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
+    )
+    training_threads: int | None = _rare("threads of a fine-tuning job; default: half of the cores", None, ge=1)
+
     # Engine
     workers: int = _flag(
         "engine",
@@ -153,6 +169,12 @@ class Settings(BaseSettings):
     max_body_bytes: int = _rare("bytes in one request body", 1 << 20, ge=1024)
 
     @model_validator(mode="after")
+    def _check_jobs(self) -> Settings:
+        if self.database_url is not None and self.data_dir is None:
+            raise ValueError("a database_url needs a data_dir, which has the files")
+        return self
+
+    @model_validator(mode="after")
     def _check_speculation(self) -> Settings:
         if (self.speculative_method == "model") != (self.speculative_model is not None):
             raise ValueError("speculative_method model and a speculative_model need each other")
@@ -207,7 +229,8 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         settings = Settings(**{**_read_file(arguments.config), **environment, **given})
     except ValidationError as error:
         raise SettingsError(_explain(error)) from None
-    os.environ.pop(f"{ENV_PREFIX}API_KEY", None)  # no process that is started from here needs it
+    for secret in ("API_KEY", "DATABASE_URL"):  # no process that is started from here needs them
+        os.environ.pop(f"{ENV_PREFIX}{secret}", None)
     return settings
 
 

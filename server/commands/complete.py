@@ -56,9 +56,8 @@ def _field(text: str) -> tuple[str, Any]:
 
 def run(arguments: argparse.Namespace) -> int:
     logs.configure("warning")
-    settings = read_settings(arguments).model_copy(
-        update={"api_key": None, "api_key_file": None, "workers": 1, "max_num_seqs": SEATS, "playground": False}
-    )
+    alone = {"api_key": None, "api_key_file": None, "data_dir": None, "database_url": None, "playground": False}
+    settings = read_settings(arguments).model_copy(update={**alone, "workers": 1, "max_num_seqs": SEATS})
     body = json.dumps(_body(arguments)).encode()
     try:
         return asyncio.run(_complete(settings, body))

@@ -1,0 +1,1 @@
+"""What outlives a request: files, fine-tuning jobs and batches, in a database and a directory."""

@@ -144,17 +144,19 @@ def test_s2_the_same_seed_says_the_same_in_another_server_and_another_batch(
 def test_l2_two_thousand_streams_at_once(tiny: Path) -> None:
     """Every seat is taken; every stream gets its share and ends as it should."""
     count, length = 2000, 40
-    received = [0] * count
+    received = [0] * count  # events, of which some bring two tokens: no half of a character is sent
     flags = ("--max-num-seqs", "2000", "--max-num-batched-tokens", "4096", "--max-num-queued-reqs", "2000")
 
     async def one(http: httpx.AsyncClient, i: int) -> None:
         body = {"prompt": [i], "max_tokens": length, "ignore_eos": True, "stream": True}
-        last = ""
+        body["stream_options"] = {"include_usage": True}
+        events = []
         async with http.stream("POST", "/v1/completions", json=body) as answer:
             async for line in answer.aiter_lines():
                 received[i] += line.startswith("data: {")
-                last = line or last
-        assert last == "data: [DONE]"
+                events = [*events[-1:], line] if line else events
+        assert events[1] == "data: [DONE]"
+        assert json.loads(events[0].removeprefix("data: "))["usage"]["completion_tokens"] == length
 
     async def middle() -> list[int]:
         while sum(received) < count * length // 2:
@@ -171,7 +173,6 @@ def test_l2_two_thousand_streams_at_once(tiny: Path) -> None:
     with serving(tiny, "--threads", "1", *flags, "--request-timeout", "900") as server:
         shares = asyncio.run(all_of_them(server.url))
     note(row="L2", streams=count, least_at_middle=min(shares), most_at_middle=max(shares))
-    assert min(received) >= length
     assert max(shares) <= 3 * min(shares)
 
 
@@ -229,7 +230,7 @@ async def _overload(url: str, rate: float, seconds: float, body: dict[str, Any])
 @pytest.mark.timeout(900)
 def test_l3_l4_ten_times_as_much_as_it_can_do(tiny: Path) -> None:
     body = {"prompt": [5] * 20, "max_tokens": 100, "ignore_eos": True}
-    with serving(tiny, "--threads", "1", "--max-num-seqs", "16", "--max-num-queued-reqs", "16") as server:
+    with serving(tiny, "--threads", "1", "--max-num-seqs", "16", "--max-num-queued-reqs", "32") as server:
         capacity = asyncio.run(_saturate(server.url, 10, body))
         answers, probe = asyncio.run(_overload(server.url, 10 * capacity, 30, body))
         waiting = server.metrics()["gpt2_num_requests_waiting"]

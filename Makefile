@@ -44,5 +44,5 @@ format: dev
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-bench: dev  ## our server, and any PEERS="--peer NAME=URL", under the same load
-	$(BIN)/python -m benchmarks.serving $(if $(MODEL),--model $(MODEL)) $(PEERS)
+bench: dev  ## our server, and any PEERS="--peer NAME=URL", under the same load; PROFILE=1 says where the time goes
+	$(BIN)/python -m benchmarks.serving $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile) $(PEERS)

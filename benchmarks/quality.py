@@ -17,32 +17,24 @@ from torch import Tensor
 
 import model
 from benchmarks.engine import BLOCK_SIZE
+from benchmarks.formats import FORMATS, Loaded, load
 from model.batch import Batch
 from model.config import read_config
-from model.gpt2 import GPT2
 from model.kv_cache import KVCache
-from model.loading import choose_kv_dtype, load_model
 from model.tokenizer import read_tokenizer
 
 CPU = torch.device("cpu")
 ROWS = 8  # of logits at once
-FORMATS: dict[str, tuple[torch.dtype, str | None]] = {
-    "fp32": (torch.float32, None),
-    "fp16": (torch.float16, None),
-    "int8": (torch.float32, "int8"),
-}
 
 
 class Scorer:
     """One network, and a cache for one window."""
 
-    def __init__(self, directory: Path, name: str) -> None:
-        dtype, quantization = FORMATS[name]
-        self.network: GPT2
-        self.network, ops = load_model(directory, CPU, dtype, quantization=quantization)
-        context = self.network.config.n_positions
-        self._blocks = -(-context // BLOCK_SIZE)
-        self._cache = KVCache(self.network.config, self._blocks, BLOCK_SIZE, choose_kv_dtype("auto", ops), CPU)
+    def __init__(self, loaded: Loaded) -> None:
+        self.network = loaded.network
+        config = self.network.config
+        self._blocks = -(-config.n_positions // BLOCK_SIZE)
+        self._cache = KVCache(config, self._blocks, BLOCK_SIZE, loaded.kv_dtype, CPU)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """tokens: (n,). Returns (n, n_embd), of its own."""
@@ -106,10 +98,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300_000, help="of each text, from its beginning")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     config = read_config(arguments.model)
     tokenizer = read_tokenizer(arguments.model, config.vocab_size, config.eos_token_id)
-    scorers = {name: Scorer(arguments.model, name) for name in FORMATS}
+    scorers = {name: Scorer(load(arguments.model, name, arguments.threads)) for name in FORMATS}
     print("| text | format | tokens | perplexity | to fp32 | KL, nats | same greedy token |\n" + "| --- " * 7 + "|")
     for name, _, path in (text.partition("=") for text in arguments.text):
         ids = tokenizer.encode(read(Path(path)))[: arguments.tokens]

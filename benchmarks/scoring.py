@@ -20,7 +20,7 @@ import psutil
 import torch
 from transformers import GPT2LMHeadModel
 
-from benchmarks.serving import machine, resident_mib
+from benchmarks.machine import machine, resident_mib
 from server.load import started
 
 TOKENS = 512

@@ -1,7 +1,7 @@
 """What a client sees of a server, beside its peers: `python -m benchmarks.serving --model DIR --peer NAME=URL …`.
 
 Starts our server, drives the same workloads through /v1/completions of each, round by round in turn, so that all see
-the same machine, and prints the median of the rounds and the ratio to each peer.
+the same machine, and prints the median of the rounds and the ratio to each peer. With --profile, where our time goes.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
-import re
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +16,9 @@ from statistics import median
 
 import psutil
 
+import model
+from benchmarks import profile
+from benchmarks.machine import machine, resident_mib
 from server.load import Result, Server, Workload, bodies, closed_loop, started
 
 
@@ -35,10 +35,6 @@ def workloads(concurrencies: list[int]) -> list[Workload]:
 class Start:
     seconds: float  # from the command to the ready line
     resident_mib: float  # of all its processes, after the load
-
-
-def resident_mib(process: psutil.Process) -> float:
-    return sum(each.memory_info().rss for each in [process, *process.children(recursive=True)]) / (1 << 20)
 
 
 def measure(servers: list[Server], loads: list[Workload], rounds: int) -> dict[str, dict[str, list[Result]]]:
@@ -75,9 +71,11 @@ def table(results: dict[str, dict[str, list[Result]]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    return f"{psutil.cpu_count()} cores, {model[1] if model else platform.processor()}"
+def watch(server: Server, process: psutil.Process, load: Workload) -> tuple[profile.Clocks, profile.Clocks]:
+    """The server's clocks before and after one more round."""
+    before = profile.read(server.url, process)
+    asyncio.run(closed_loop(server, bodies(load, seed=0), load.concurrency))
+    return before, profile.read(server.url, process)
 
 
 def main() -> None:
@@ -88,16 +86,26 @@ def main() -> None:
     parser.add_argument("--concurrency", default="1,8,32", help="streams, comma-separated")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file for every result")
+    parser.add_argument("--profile", action="store_true", help="print where our time goes at the most streams")
     parser.add_argument("flags", nargs="*", help="after --: flags for our server")
     arguments = parser.parse_args()
-    loads = workloads([int(each) for each in arguments.concurrency.split(",")])
+    concurrencies = sorted(int(each) for each in arguments.concurrency.split(","))
+    loads = workloads(concurrencies)
+    busiest = loads[len(concurrencies) - 1]
+    clocks: tuple[profile.Clocks, profile.Clocks] | None = None
     with started(arguments.model, arguments.flags) as (ours, seconds, pid):
         peers = [Server(name, url, arguments.peer_model) for name, _, url in (p.partition("=") for p in arguments.peer)]
         results = measure([ours, *peers], loads, arguments.rounds)
-        start = Start(seconds, resident_mib(psutil.Process(pid)))
+        process = psutil.Process(pid)
+        clocks = watch(ours, process, busiest) if arguments.profile else None
+        start = Start(seconds, resident_mib(process))
     print(f"{machine()}; {time.strftime('%Y-%m-%d')}; median of {arguments.rounds} interleaved rounds; greedy\n")
     print(table(results))
     print(f"\nStart to ready: {start.seconds:.1f} s. Resident after the load: {start.resident_mib:.0f} MiB.")
+    if clocks is not None:
+        directory = Path(arguments.model) if arguments.model else Path(model.__file__).parent / "default"
+        run = profile.parts_of_run(directory, arguments.flags, busiest.concurrency)
+        print(f"\n{profile.measured(*clocks, run).table(busiest.name)}")
     if arguments.json:
         plain = {load: {s: [asdict(r) for r in rs] for s, rs in by.items()} for load, by in results.items()}
         arguments.json.write_text(

@@ -1,4 +1,4 @@
-"""Where a step's time goes, and how it grows: `python -m benchmarks.steps [MODEL] [--quantization int8] [--json FILE]`.
+"""Where a step's time goes, and how it grows: `python -m benchmarks.steps [MODEL] [--json FILE]`.
 
 In one process, without HTTP: the worker's parts under 128 in / 64 out, and a decode step's time against the context
 of its sequences and against their number. Everything is the median of several goes.
@@ -21,15 +21,13 @@ from torch import Tensor
 
 import model
 from benchmarks.engine import BLOCK_SIZE, Engine, Way
-from benchmarks.serving import machine
+from benchmarks.formats import FORMATS, Loaded, load
+from benchmarks.machine import machine
 from model.adapters import AdaptedRows
 from model.batch import Batch
 from model.gpt2 import GPT2
-from model.kernels import KernelOps
 from model.kernels.structs import Op
 from model.kv_cache import KVCache
-from model.loading import choose_device, choose_dtype, choose_kv_dtype, load_model
-from model.ops import Ops
 
 CONTEXTS = (64, 128, 256, 384, 512, 640, 768, 896, 1008)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -85,16 +83,16 @@ class TimedEngine(Engine):
         return True
 
 
-def profile(network: GPT2, ops: KernelOps, streams: int, kv_dtype: torch.dtype) -> dict[str, float]:
+def profile(loaded: Loaded, streams: int) -> dict[str, float]:
     """Seconds in each part while `streams` closed-loop clients are served 128 in / 64 out, twice each."""
     dice = random.Random(streams)
-    timed = Timed(network)
-    engine = TimedEngine(timed, torch.device("cpu"), Way(caching=False, kv_dtype=kv_dtype))
+    timed, kernels = Timed(loaded.network), loaded.ops.kernels
+    engine = TimedEngine(timed, torch.device("cpu"), Way(caching=False, kv_dtype=loaded.kv_dtype))
 
     def add() -> int:
         return engine.add([dice.randrange(50256) for _ in range(128)], 64)
 
-    before = ops.kernels.seconds()
+    before = kernels.seconds()
     running, left = [add() for _ in range(streams)], streams
     while engine.step():
         for id_ in [id_ for id_ in running if len(engine.outputs[id_]) == 64]:
@@ -102,7 +100,7 @@ def profile(network: GPT2, ops: KernelOps, streams: int, kv_dtype: torch.dtype) 
             if left:
                 running.append(add())
                 left -= 1
-    after = ops.kernels.seconds()
+    after = kernels.seconds()
     parts = {name: sum(after[op] - before[op] for op in ops_) for name, ops_ in KERNELS.items()}
     parts[BETWEEN] = timed.seconds - sum(parts.values())
     parts[SAMPLING] = engine.spent["runner"] - timed.seconds
@@ -113,9 +111,9 @@ def profile(network: GPT2, ops: KernelOps, streams: int, kv_dtype: torch.dtype) 
 class Decoder:
     """Decode steps of sequences whose contexts were never computed: their keys and values are noise."""
 
-    def __init__(self, network: GPT2, kv_dtype: torch.dtype, num_blocks: int) -> None:
-        self._network = network
-        self._cache = KVCache(network.config, num_blocks, BLOCK_SIZE, kv_dtype, torch.device("cpu"))
+    def __init__(self, loaded: Loaded, num_blocks: int) -> None:
+        self._network = loaded.network
+        self._cache = KVCache(self._network.config, num_blocks, BLOCK_SIZE, loaded.kv_dtype, torch.device("cpu"))
         for layer in self._cache.layers:  # memory never written reads as one page of zeros, out of the nearest cache
             layer.keys.normal_(0, 0.1)
             layer.values.normal_(0, 0.1)
@@ -144,17 +142,17 @@ class Decoder:
         return median(self.step(sequences, context) for _ in range(GOES))
 
 
-def growth(network: GPT2, kv_dtype: torch.dtype) -> dict[str, Any]:
+def growth(loaded: Loaded) -> dict[str, Any]:
     """Milliseconds of a decode step, and the line through those against the context."""
     longest = CONTEXTS[-1] // BLOCK_SIZE * STREAMS_OF_CONTEXTS
-    decoder = Decoder(network, kv_dtype, max(longest, BATCHES[-1] * CONTEXT_OF_BATCHES // BLOCK_SIZE))
+    decoder = Decoder(loaded, max(longest, BATCHES[-1] * CONTEXT_OF_BATCHES // BLOCK_SIZE))
     decoder.step(STREAMS_OF_CONTEXTS, CONTEXTS[0])
     contexts = [decoder.median(STREAMS_OF_CONTEXTS, context) for context in CONTEXTS]
     batches = [decoder.median(batch, CONTEXT_OF_BATCHES) for batch in BATCHES]
     slope, intercept = linear_regression(CONTEXTS, contexts)
     mean = sum(contexts) / len(contexts)
     left = sum((t - slope * c - intercept) ** 2 for c, t in zip(CONTEXTS, contexts, strict=True))
-    kv_bytes = network.config.kv_bytes_per_token(kv_dtype.itemsize) * STREAMS_OF_CONTEXTS
+    kv_bytes = loaded.network.config.kv_bytes_per_token(loaded.kv_dtype.itemsize) * STREAMS_OF_CONTEXTS
     return {
         "contexts": dict(zip(CONTEXTS, (1e3 * t for t in contexts), strict=True)),
         "streams": STREAMS_OF_CONTEXTS,
@@ -178,11 +176,6 @@ def show(name: str, parts: dict[str, float], grown: dict[str, Any]) -> None:
     print(", ".join(f"{b}: {ms:.1f} ms" for b, ms in grown["batches"].items()))
 
 
-def load(directory: Path, quantization: str | None) -> tuple[GPT2, Ops]:
-    device = choose_device("cpu")
-    return load_model(directory, device, choose_dtype("auto", device), quantization=quantization)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, default=Path(model.__file__).parent / "default")
@@ -191,14 +184,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for every figure")
     arguments = parser.parse_args()
     said: dict[str, Any] = {"machine": machine(), "threads": arguments.threads}
-    for quantization in (None, "int8"):
-        torch.set_num_threads(arguments.threads)
-        network, ops = load(arguments.model, quantization)
-        assert isinstance(ops, KernelOps)
-        torch.set_num_threads(1)
-        kv_dtype = choose_kv_dtype("auto", ops)
-        parts, grown = profile(network, ops, arguments.streams, kv_dtype), growth(network, kv_dtype)
-        name = quantization or "fp32"
+    for name in FORMATS:
+        loaded = load(arguments.model, name, arguments.threads)
+        parts, grown = profile(loaded, arguments.streams), growth(loaded)
         show(f"{name}, {arguments.streams} streams, 128 in / 64 out", parts, grown)
         said[name] = {"parts": parts, **grown}
     if arguments.json:

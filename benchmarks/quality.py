@@ -68,21 +68,21 @@ class Sums:
 
 @torch.inference_mode()
 def compare(scorers: dict[str, Scorer], ids: list[int], context: int) -> dict[str, Sums]:
+    """scorers: fp32 first."""
     sums = {name: Sums() for name in scorers}
     for start in range(0, len(ids) - 1, context):
         window = torch.tensor(ids[start : start + context + 1])
         hidden = {name: scorer.hidden(window[:-1]).split(ROWS) for name, scorer in scorers.items()}
         for part, targets in enumerate(window[1:].split(ROWS)):
-            exact: Tensor | None = None
-            likely: Tensor | None = None
+            exact = likely = best = torch.empty(0)
             for name, scorer in scorers.items():
-                scores = scorer.logprobs(hidden[name][part])
-                exact = scores if exact is None else exact
-                likely = exact.exp() if likely is None else likely
-                of = sums[name]
+                scores, of = scorer.logprobs(hidden[name][part]), sums[name]
+                top = torch.from_numpy(scores.numpy().argmax(-1))
+                if of is sums["fp32"]:
+                    exact, likely, best = scores, scores.exp(), top
                 of.nats -= scores.gather(1, targets[:, None]).double().sum().item()
-                of.divergence += 0.0 if exact is scores else (likely * (exact - scores)).double().sum().item()
-                of.agreed += int((exact.numpy().argmax(-1) == scores.numpy().argmax(-1)).sum())
+                of.divergence += likely.mul(exact - scores).sum(-1).double().sum().item()
+                of.agreed += int((best == top).sum())
                 of.tokens += len(targets)
     return sums
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, default=Path(model.__file__).parent / "default")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="UTF-8, .xz or plain")
-    parser.add_argument("--tokens", type=int, default=300_000, help="of each text, from its beginning")
+    parser.add_argument("--tokens", type=int, help="of each text, from its beginning; default: all")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     config = read_config(arguments.model)

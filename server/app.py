@@ -35,6 +35,7 @@ from server.engine.output import TokenTexts
 from server.engine.request import GenerationEngine
 from server.errors import ServerError
 from server.jobs.store import Store
+from server.jobs.tuning import FineTuning
 
 EXPOSED_HEADERS = (
     "x-request-id", "openai-processing-ms", "openai-model", "openai-version", "retry-after", "x-ignored-fields",
@@ -71,6 +72,7 @@ def create_app(
     chat_template: ChatTemplate | None = None,
     sleeper: Sleeper | None = None,
     store: Store | None = None,
+    tuning: FineTuning | None = None,
     keys: Keyring | None = None,
     open_paths: Set[str] = frozenset(),
     max_headers: int = 100,
@@ -104,7 +106,7 @@ def create_app(
     app.include_router(engine_routes(model, engine))
     app.include_router(tokenize_routes(model, tokenizer, texts, limits))
     app.include_router(ops_routes(engine, registry, running, version, grammars))
-    app.include_router(stored_routes(store, limits))
+    app.include_router(stored_routes(store, tuning, model, limits))
     if sleeper is not None:
         app.include_router(sleep_routes(sleeper))
     app.add_exception_handler(ServerError, answer_server_error)

@@ -35,7 +35,9 @@ from server.engine.quota import TokenBuckets
 from server.engine.supervisor import Supervisor
 from server.engine.variants import Variants
 from server.errors import SettingsError
+from server.jobs.recipe import Machine
 from server.jobs.store import Store, open_store
+from server.jobs.tuning import FineTuning, make_fine_tuning
 from server.metrics import Metrics
 from server.settings import Settings
 from server.worker.messages import Start
@@ -57,6 +59,7 @@ class Backend:
     keys: Keyring | None
     metrics: Metrics
     store: Store | None  # None without a data directory
+    tuning: FineTuning | None
 
     @property
     def ready(self) -> bool:
@@ -69,10 +72,14 @@ class Backend:
 
     def start(self) -> list[asyncio.Task[int]]:
         """One task a worker; it ends, with an exit status, when its worker cannot be kept running."""
+        if self.tuning is not None:
+            self.tuning.start()
         return [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
 
     async def stop(self, workers: list[asyncio.Task[int]]) -> int:
         """Returns the exit status."""
+        if self.tuning is not None:
+            await self.tuning.stop()
         for supervisor in self.supervisors:
             supervisor.stop()
         status = max(await asyncio.gather(*workers))
@@ -109,7 +116,9 @@ def assemble(settings: Settings) -> Backend:
     command = checker_command(str(checkpoint.directory), config.vocab_size, config.eos_token_id)
     grammars = GrammarChecker(command) if tokenizer.byte_level else None
     keys = _keyring(settings)
+    chat_template = _chat_template(settings, tokenizer)
     store = _store(settings)
+    tuning = None if store is None else _tuning(settings, store, engine, served.name, checkpoint, config)
     tracing = _tracing()
     tracer = None if tracing is None else tracing.exporting_tracer(__version__)
     app = create_app(
@@ -121,9 +130,10 @@ def assemble(settings: Settings) -> Backend:
         registry=metrics.registry,
         on_answer=metrics.answered,
         grammars=grammars,
-        chat_template=_chat_template(settings, tokenizer),
+        chat_template=chat_template,
         sleeper=engine,
         store=store,
+        tuning=tuning,
         keys=keys,
         max_headers=settings.max_headers,
         open_paths=frozenset(settings.open_paths),
@@ -149,6 +159,7 @@ def assemble(settings: Settings) -> Backend:
         keys=keys,
         metrics=metrics,
         store=store,
+        tuning=tuning,
     )
 
 
@@ -158,6 +169,19 @@ def _store(settings: Settings) -> Store | None:
         return None
     url = None if settings.database_url is None else settings.database_url.get_secret_value()
     return open_store(Path(settings.data_dir).expanduser().resolve(), url, settings.max_file_bytes)
+
+
+def _tuning(
+    settings: Settings, store: Store, engine: Engine, name: str, checkpoint: Checkpoint, config: ModelConfig
+) -> FineTuning:
+    template = None if settings.chat_template is None else Path(settings.chat_template).expanduser()
+    cores = len(os.sched_getaffinity(0))
+    machine = Machine(
+        device=settings.training_device,
+        threads=settings.training_threads or max(cores // 2, 1),
+        chat_template=None if template is None else template.read_text("utf-8"),
+    )
+    return make_fine_tuning(store, engine, name, checkpoint.directory, config, machine)
 
 
 def _tracing() -> Any | None:

@@ -149,6 +149,9 @@ def _explain(error: ValidationError) -> InvalidRequest:
     name = param if whole else ".".join(map(str, first["loc"]))
     if kind == "missing":
         return InvalidRequest(f"Missing required parameter: '{name}'.", param, "missing_required_parameter")
+    if kind == "extra_forbidden":
+        within = ".".join(map(str, first["loc"][:-1]))
+        return InvalidRequest(f"Unknown parameter in '{within}'.", param, "unknown_parameter")
     if kind in EXPECTED and not _is_huge(value):
         expected = f"expected {EXPECTED[kind]}, but got {_kind(value)} instead."
         return InvalidRequest(f"Invalid type for '{name}': {expected}", param, "invalid_type")

@@ -297,14 +297,17 @@ class Engine:
 
     # === Models beside the model ===
 
-    async def add_variant(self, name: str, directory: Path) -> Variant:
-        """Serve an adapter on the model, or a model like it, by this name. Returns once all workers have it.
+    async def add_variant(
+        self, name: str, directory: Path, created: int | None = None, *, lazy: bool = False
+    ) -> Variant:
+        """Serve an adapter on the model, or a model like it, by this name. Returns once all workers have it, or where
+        it is lazy once they know where it is.
 
         Raises Overloaded while workers sleep, and ModelError where the name is taken or the files cannot be served.
         """
         if self.asleep:
             raise Overloaded("The server is asleep; an operator has to wake it up (POST /wake_up).")
-        variant = self.variants.add(name, directory)
+        variant = self.variants.add(name, directory, created, lazy=lazy)
         try:
             for channel in self._channels.values():
                 channel.send(variant.load)

@@ -27,10 +27,11 @@ class Variant:
     directory: Path
     created: int  # unix seconds
     fingerprint: str  # of its files
+    lazy: bool  # read when it is first asked for, not before
 
     @property
     def load(self) -> Load:
-        return Load(self.key, str(self.directory))
+        return Load(self.key, str(self.directory), self.lazy)
 
     @property
     def salt(self) -> bytes:
@@ -45,7 +46,7 @@ class Variants:
         self._by_name: dict[str, Variant] = {}
         self._loading: dict[str, asyncio.Queue[Loaded]] = {}  # by key
 
-    def add(self, name: str, directory: Path, created: int | None = None) -> Variant:
+    def add(self, name: str, directory: Path, created: int | None = None, *, lazy: bool = False) -> Variant:
         """Raises ModelError where its description does not fit; its weights the workers will check."""
         if name in self._by_name:
             raise ModelError(f"a model named {name} is served already")
@@ -55,7 +56,7 @@ class Variants:
             check_variant(read_config(directory), self._base)
         key = f"{name}#{next(self._numbers)}"
         made = int(time.time()) if created is None else created
-        self._by_name[name] = Variant(name, key, directory, made, _fingerprint(directory))
+        self._by_name[name] = Variant(name, key, directory, made, _fingerprint(directory), lazy)
         return self._by_name[name]
 
     def remove(self, name: str) -> Variant:

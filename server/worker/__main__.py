@@ -128,7 +128,8 @@ class Worker:
         self._known[message.key] = Path(message.directory)
         self._variants.register(message.key, self._known[message.key])
         try:
-            self._variants.use(message.key, self._scheduler.variants)
+            if not message.lazy:
+                self._variants.use(message.key, self._scheduler.variants)
         except ModelError as error:
             self._channel.send(Loaded(message.key, str(error)))
         else:

@@ -63,6 +63,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
 
     key: str  # never used for another
     directory: str
+    lazy: bool = False  # not read before it is asked for
 
 
 class Unload(msgspec.Struct, frozen=True, tag="unload"):

@@ -161,8 +161,13 @@ def test_a_wrong_method_is_told_every_right_one(api: Api) -> None:
     assert api.client.put("/ping").headers["allow"] == "GET, POST"
     assert api.client.put("/v1/completions").headers["allow"] == "POST"
     assert api.client.head("/v1/completions").status_code == 405
-    assert api.client.delete("/v1/models/gpt2").headers["allow"] == "GET"
+    assert api.client.put("/v1/models/gpt2").headers["allow"] == "GET, DELETE"
     assert api.post("/v1/engines/gpt2/generate").headers["allow"] == "GET"
+
+
+def test_what_no_job_has_made_cannot_be_deleted(api: Api) -> None:
+    assert error_of(api.client.delete("/v1/models/text-davinci-002"), 403)["message"].startswith("Only models")
+    assert error_of(api.client.delete("/v1/models/nope"), 404)["code"] == "model_not_found"
 
 
 def test_the_name_that_sagemaker_has_for_completions(api: Api) -> None:

@@ -106,6 +106,17 @@ def test_what_is_no_form_or_no_file(api: Api, store: Store) -> None:
     assert kept(store) == []
 
 
+def test_a_form_has_bounds_before_its_file(api: Api, store: Store) -> None:
+    """CVE-2026-42561, CVE-2024-53981: headers without end, and much that is no part of it."""
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    name = b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"'
+    for noise in (b"\r\nx: y" * 1000, b"\r\nx: " + b"y" * 100_000, b"\r\n" + b"y" * 100_000 + b": x"):
+        error_of(api.client.post("/v1/files", content=name + noise + b"\r\n\r\n1\r\n--b--", headers=headers), 400)
+    epilogue = form_of([("purpose", None, b"batch"), ("file", "x", b"1")]) + b"\r\n" * 100_000
+    assert api.client.post("/v1/files", content=epilogue, headers=headers).json()["bytes"] == 1
+    assert len(kept(store)) == 1
+
+
 def test_a_file_that_is_too_large(api: Api, store: Store) -> None:
     most = store.files.max_bytes
     assert upload(api, b"x" * most).json()["bytes"] == most

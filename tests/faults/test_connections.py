@@ -99,7 +99,7 @@ def hold(tiny: Path, count: int) -> tuple[float, list[float]]:
 def test_l1_a_thousand_idle_connections(tiny: Path, descriptors: int) -> None:
     each, waits = hold(tiny, 1000)
     assert each < 8 * 1024  # of a thousand, the allocator's steps show
-    assert statistics.median(waits) < 0.1
+    assert statistics.median(waits) < 0.03  # 0.04 and more: an answer waited for its first part to be acknowledged
 
 
 @pytest.mark.slow

@@ -51,10 +51,6 @@ class Scorer:
         )
         return self.network.forward(batch, self._cache).clone()
 
-    def logprobs(self, hidden: Tensor) -> Tensor:
-        """(rows, vocab)."""
-        return self.network.logits(hidden).log_softmax(-1)
-
 
 @dataclass
 class Sums:
@@ -74,15 +70,17 @@ def compare(scorers: dict[str, Scorer], ids: list[int], context: int) -> dict[st
         window = torch.tensor(ids[start : start + context + 1])
         hidden = {name: scorer.hidden(window[:-1]).split(ROWS) for name, scorer in scorers.items()}
         for part, targets in enumerate(window[1:].split(ROWS)):
-            exact = likely = best = torch.empty(0)
+            exact = likely = base = best = torch.empty(0)
             for name, scorer in scorers.items():
-                scores, of = scorer.logprobs(hidden[name][part]), sums[name]
-                top = torch.from_numpy(scores.numpy().argmax(-1))
+                logits, of = scorer.network.logits(hidden[name][part]), sums[name]
+                scores = scorer.network.score(logits, targets, [1] * len(targets))
+                log_sum = logits.gather(1, targets[:, None])[:, 0] - scores.own
                 if of is sums["fp32"]:
-                    exact, likely, best = scores, scores.exp(), top
-                of.nats -= scores.gather(1, targets[:, None]).double().sum().item()
-                of.divergence += likely.mul(exact - scores).sum(-1).double().sum().item()
-                of.agreed += int((best == top).sum())
+                    exact, base, best = logits, log_sum, scores.ids
+                    likely = (logits - log_sum[:, None]).exp_()
+                of.nats -= scores.own.double().sum().item()
+                of.divergence += torch.linalg.vecdot(likely, exact - logits).sub(base - log_sum).double().sum().item()
+                of.agreed += int((best == scores.ids).sum())
                 of.tokens += len(targets)
     return sums
 

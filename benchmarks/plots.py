@@ -19,7 +19,14 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 STREAMS = re.compile(r"128 in / 64 out, (\d+) streams?")
-STYLE = {"figure.figsize": (12, 3.8), "axes.grid": True, "grid.alpha": 0.3, "font.size": 9, "figure.dpi": 110}
+STYLE = {
+    "figure.figsize": (12, 3.9),
+    "figure.constrained_layout.use": True,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 9,
+    "figure.dpi": 110,
+}
 
 
 def by_server(results: dict[str, dict[str, list[dict[str, Any]]]], field: str) -> dict[str, dict[int, float]]:
@@ -51,7 +58,7 @@ def serving(data: dict[str, Any], to: Path) -> None:
     lines(speed, by_server(data["results"], "tokens_per_second"), "output tokens/s, 128 in / 64 out")
     lines(ttft, by_server(data["results"], "ttft_mean"), "mean time to first token, ms", 1e3)
     lines(itl, by_server(data["results"], "itl_median"), "median time between tokens, ms", 1e3)
-    speed.legend(fontsize=7)
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     save(figure, to / "throughput.png")
 
 
@@ -96,7 +103,6 @@ def _middle(points: dict[str, float]) -> tuple[float, float]:
 
 
 def save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 

@@ -4,6 +4,7 @@ missing=""
 for tool in chromium curl prometheus haproxy; do
     command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
 done
+ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"
 command -v bwrap >/dev/null 2>&1 || missing="$missing bubblewrap"
 [ -z "$missing" ] && exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from asking import Api, make_api
+from outside import environment
 
 from server.jobs.store import Store, open_store
+
+__all__ = ["environment"]
 
 FILE_BYTES = 1 << 20
 

@@ -16,6 +16,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from server.api.chat_schemas import ChatBody
+from server.api.fine_tuning_schemas import (
+    DistillationBody,
+    FineTuneBody,
+    FineTuningBody,
+    HyperparametersBody,
+    SupervisedBody,
+)
 from server.api.limits import Limits
 from server.api.schemas import (
     StreamOptions,
@@ -33,6 +40,11 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "completions": completion_schema(LIMITS),
     "stream_options": request_schema(StreamOptions),
     "chat": request_schema(ChatBody),
+    "fine_tuning": request_schema(FineTuningBody),
+    "supervised": request_schema(SupervisedBody),
+    "distillation": request_schema(DistillationBody),
+    "hyperparameters": request_schema(HyperparametersBody),
+    "fine_tune": request_schema(FineTuneBody),
     "embeddings": embedding_schema(LIMITS),
     "tokenize": tokenize_schema(),
     "detokenize": detokenize_schema(LIMITS),

@@ -238,15 +238,23 @@ class DetokenizeAnswer(BaseModel):
 
 def request_schema(body: type[Wire]) -> dict[str, Any]:
     """A body as OpenAPI shows it: self-contained, and null is as good as omitted everywhere."""
-    schema = body.model_json_schema()
-    definitions = schema.pop("$defs", {})
+    raw = body.model_json_schema()
+    schema: dict[str, Any] = _inlined(raw, raw.pop("$defs", {}))
     for name, shape in schema["properties"].items():
-        reference = [option["$ref"] for option in shape.get("anyOf", ()) if "$ref" in option]
-        if reference:
-            shape["anyOf"] = [definitions[reference[0].rsplit("/", 1)[1]], {"type": "null"}]
         if name not in schema.get("required", ()):
             schema["properties"][name] = _nullable(shape)
     return schema
+
+
+def _inlined(shape: Any, definitions: dict[str, Any]) -> Any:
+    """With what a reference means in place of it. None of ours refers to itself."""
+    if isinstance(shape, list):
+        return [_inlined(each, definitions) for each in shape]
+    if not isinstance(shape, dict):
+        return shape
+    if "$ref" in shape:
+        return _inlined(definitions[shape["$ref"].rsplit("/", 1)[1]], definitions)
+    return {name: _inlined(value, definitions) for name, value in shape.items()}
 
 
 def _nullable(shape: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from server.jobs.files import FileStore, StoredFile
 from server.jobs.records import FineTuningJob, JobEvent, Status
 from server.jobs.tuning import FineTuning
 
-LISTED_MAX = 10_000
+EVENTS_MAX = 10_000  # in an answer
+JOBS_MAX = 100  # the latest
 STATUS = {
     Status.QUEUED: "pending",
     Status.PAUSED: "pending",
@@ -49,7 +50,7 @@ def fine_tune_routes(tuning: FineTuning, files: FileStore, model: ServedModel, l
             "result_files": await _files(files, job, job.result_files),
         }
         if events:
-            said, _ = await jobs.events_since(job.id, 0, LISTED_MAX)
+            said, _ = await jobs.events_since(job.id, 0, EVENTS_MAX)
             shown["events"] = [fine_tune_event(each) for each in said]
         return shown
 
@@ -61,7 +62,7 @@ def fine_tune_routes(tuning: FineTuning, files: FileStore, model: ServedModel, l
 
     @router.get("")
     async def list_fine_tunes(request: Request) -> Response:
-        page = await jobs.find_all(caller_of(request.scope).name, after=None, limit=LISTED_MAX)
+        page = await jobs.find_all(caller_of(request.scope).name, after=None, limit=JOBS_MAX)
         shown = [await show(job, events=False) for job in page.items]
         return JSONResponse({"object": "list", "data": shown})
 
@@ -79,7 +80,7 @@ def fine_tune_routes(tuning: FineTuning, files: FileStore, model: ServedModel, l
         if read_choice(request, "stream", ("false", "true")) == "true":
             return await stream_events(jobs, job_id, request, fine_tune_event)
         job = await jobs.find(job_id, caller_of(request.scope).name)
-        said, _ = await jobs.events_since(job.id, 0, LISTED_MAX)
+        said, _ = await jobs.events_since(job.id, 0, EVENTS_MAX)
         return JSONResponse({"object": "list", "data": [fine_tune_event(each) for each in said]})
 
     return router

@@ -50,6 +50,7 @@ class Database:
     def __init__(self, connections: Connections) -> None:
         """Raises SettingsError where it cannot be used."""
         self._connections = connections
+        self._closed = False  # a server that ends may still have streams to end
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         try:
             self._prepare()
@@ -67,6 +68,8 @@ class Database:
 
     async def run(self, work: Callable[[Connection], Result]) -> Result:
         """Raises StorageError, and what the work raises; then nothing has changed."""
+        if self._closed:
+            raise StorageError
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.run_now, work)
 
     def run_now(self, work: Callable[[Connection], Result]) -> Result:
@@ -79,6 +82,7 @@ class Database:
             raise StorageError from None
 
     def close(self) -> None:
+        self._closed = True
         self._thread.shutdown()
         self._connections.dispose()
 

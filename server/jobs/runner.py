@@ -87,6 +87,9 @@ class Runner:
                     await self._train_leased(job)
             except StorageError:  # the next time, or another server, may have more luck
                 await asyncio.sleep(POLL)
+            except Exception:
+                log.exception("the jobs cannot be looked after")
+                await asyncio.sleep(POLL)
 
     async def _train_leased(self, job: FineTuningJob) -> None:
         """Raises StorageError."""

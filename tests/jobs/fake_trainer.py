@@ -40,6 +40,9 @@ def main() -> int:
     if "nan" in orders:
         say("failed", message="the loss is no number any more", reason="loss")
         return 70
+    if "full" in orders:
+        say("failed", message="cannot read or write model.safetensors: No space left on device", reason="disk")
+        return 74
     if "die" in orders:
         os.kill(os.getpid(), signal.SIGKILL)
     at = out / "at"

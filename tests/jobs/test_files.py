@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,18 @@ def test_a_file_that_is_too_large(api: Api, store: Store) -> None:
 
 def test_fields_nobody_knows_are_named(api: Api) -> None:
     assert upload(api, colour="red").headers["x-ignored-fields"] == "colour"
+
+
+def test_a_full_disk_is_a_503_and_leaves_nothing(api: Api, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert error_of(upload(api), 503)["code"] == "storage_error"
+    assert kept(store) == []
+    assert api.client.get("/v1/files").json()["data"] == []
+    assert upload(api).status_code == 200
 
 
 def test_files_expire(api: Api, store: Store) -> None:

@@ -135,16 +135,14 @@ def test_a_bad_file_is_named_line_by_line_and_nothing_is_trained(tell: Any) -> N
 
 def test_other_ends_of_a_trainer(tell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(server: Tuned) -> None:
-        ends = {orders: await server.create(orders) for orders in ("nan", "die", "crash")}
-        gone = await server.create("wait")
+        ends = {orders: await server.create(orders) for orders in ("nan", "full", "die", "crash")}
         assert (await server.ended(ends["nan"]["id"]))["error"]["code"] == "loss_is_no_number"
+        full = (await server.ended(ends["full"]["id"]))["error"]
+        assert (full["code"], full["message"][-24:]) == ("storage_error", "No space left on device.")
         killed = (await server.ended(ends["die"]["id"]))["error"]
         assert (killed["code"], killed["message"][:22]) == ("server_error", "The trainer was killed")
         assert (await server.ended(ends["crash"]["id"]))["status"] == "succeeded"
         assert server.lives(ends["crash"]["id"]) == 3
-        await server.client.delete(f"/v1/files/{gone['training_file']}")
-        server.go(gone["id"])
-        assert (await server.ended(gone["id"]))["status"] in {"succeeded", "failed"}
         monkeypatch.setattr(trainer, "COMMAND", ("/nowhere/python",))
         unstarted = await server.ended((await server.create())["id"])
         assert unstarted["error"]["code"] == "storage_error"

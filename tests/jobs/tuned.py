@@ -82,7 +82,10 @@ class Tuned:
         return len((self.directory / "jobs" / id_ / "out" / "lives").read_text())
 
     def go(self, id_: str) -> None:
-        (self.directory / "jobs" / id_ / "go").touch()
+        """On with a job that waits."""
+        path = self.directory / "jobs" / id_ / "go"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 @asynccontextmanager

@@ -85,7 +85,8 @@ class Settings(BaseSettings):
     )
     database_url: SecretStr | None = _flag(
         "server",
-        "postgresql+psycopg://… for several servers with one --data-dir; default: SQLite in --data-dir",
+        "postgresql+psycopg://… for several servers with one --data-dir (one with a password had better be the variable); "
+        "default: SQLite in --data-dir",
         None,
         repr=False,
     )

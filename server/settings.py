@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     )
     database_url: SecretStr | None = _flag(
         "server",
-        "postgresql+psycopg://… for several servers with one --data-dir (one with a password had better be the variable); "
+        "postgresql+psycopg://… for several servers with one --data-dir (with a password, use the variable); "
         "default: SQLite in --data-dir",
         None,
         repr=False,

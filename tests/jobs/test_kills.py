@@ -18,7 +18,7 @@ from serving import RunningServer, serving, start
 LINES = b"".join(
     b'{"prompt": "The %dth ship", "completion": " was late by %d hours."}\n' % (i, i * i) for i in range(16)
 )
-HYPER = {"n_epochs": 8, "batch_size": 2, "learning_rate": 0.01}
+HYPER = {"n_epochs": 5, "batch_size": 2, "learning_rate": 0.01}
 
 
 def post(server: RunningServer, path: str, **fields: Any) -> dict[str, Any]:
@@ -38,12 +38,17 @@ def state(server: RunningServer, id_: str) -> dict[str, Any]:
     return httpx.get(f"{server.url}/v1/fine_tuning/jobs/{id_}", timeout=60).json()  # type: ignore[no-any-return]
 
 
-def wait(server: RunningServer, id_: str) -> None:
+def until_ended(server: RunningServer, id_: str) -> dict[str, Any]:
     deadline = time.monotonic() + 200
-    while (job := state(server, id_))["status"] != "succeeded":
-        assert job["status"] not in {"failed", "cancelled"}, job
+    while (job := state(server, id_))["status"] not in {"succeeded", "failed", "cancelled"}:
         assert time.monotonic() < deadline, job
         time.sleep(0.1)
+    return job
+
+
+def wait(server: RunningServer, id_: str) -> None:
+    job = until_ended(server, id_)
+    assert job["status"] == "succeeded", job
 
 
 def trainer_of(server: RunningServer) -> psutil.Process | None:
@@ -83,7 +88,7 @@ def test_a_killed_trainer_and_a_killed_server_cost_no_bit(tiny: Path, tmp_path: 
         wait(server, alone)
         killed = create(server)
         for _ in range(2):
-            trainer = wait_for_step(server, killed, steps(server, killed) + moment.randint(1, 15))
+            trainer = wait_for_step(server, killed, steps(server, killed) + moment.randint(1, 9))
             assert psutil.Process(trainer.pid).nice() == 19
             time.sleep(moment.random() * 0.05)
             with contextlib.suppress(psutil.Error):

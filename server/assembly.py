@@ -21,20 +21,25 @@ from model.config import ModelConfig, read_config
 from model.errors import ConfigError, ModelError
 from model.tokenizer import Tokenizer, read_tokenizer
 from server import __version__
+from server.api.batch_lines import CompletionLines
 from server.api.chat_template import ChatTemplate, read_chat_template
+from server.api.completions import CompletionService
 from server.api.keys import Key, Keyring, load_keys
 from server.api.limits import Limits
 from server.api.models import ServedModel
+from server.api.phrases import Phrases
 from server.app import create_app
 from server.checkpoint import Checkpoint, find_checkpoint
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.grammars import GrammarChecker, checker_command
 from server.engine.observer import Observer
+from server.engine.output import TokenTexts
 from server.engine.quota import TokenBuckets
 from server.engine.supervisor import Supervisor
 from server.engine.variants import Variants
 from server.errors import SettingsError
+from server.jobs.batch_runner import BatchRunner
 from server.jobs.recipe import Machine
 from server.jobs.store import Store, open_store
 from server.jobs.tuning import FineTuning, make_fine_tuning
@@ -60,6 +65,7 @@ class Backend:
     metrics: Metrics
     store: Store | None  # None without a data directory
     tuning: FineTuning | None
+    batches: BatchRunner | None
 
     @property
     def ready(self) -> bool:
@@ -74,12 +80,16 @@ class Backend:
         """One task a worker; it ends, with an exit status, when its worker cannot be kept running."""
         if self.tuning is not None:
             self.tuning.start()
+        if self.batches is not None:
+            self.batches.start()
         return [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
 
     async def stop(self, workers: list[asyncio.Task[int]]) -> int:
         """Returns the exit status."""
         if self.tuning is not None:
             await self.tuning.stop()
+        if self.batches is not None:
+            await self.batches.stop()
         for supervisor in self.supervisors:
             supervisor.stop()
         status = max(await asyncio.gather(*workers))
@@ -121,11 +131,22 @@ def assemble(settings: Settings) -> Backend:
     tuning = None if store is None else _tuning(settings, store, engine, served.name, checkpoint, config)
     tracing = _tracing()
     tracer = None if tracing is None else tracing.exporting_tracer(__version__)
+    limits = _limits(settings, max_model_len, config.vocab_size)
+    lines = CompletionService(  # another than the clients': /load does not count what nobody waits for
+        engine=engine,
+        tokenizer=tokenizer,
+        model=served,
+        limits=limits,
+        texts=TokenTexts(tokenizer),
+        running=set(),
+        phrases=Phrases(tokenizer),
+        grammars=grammars,
+    )
     app = create_app(
         engine=engine if tracing is None else tracing.TracedEngine(engine, tracer, served.name),
         tokenizer=tokenizer,
         model=served,
-        limits=_limits(settings, max_model_len, config.vocab_size),
+        limits=limits,
         version=__version__,
         registry=metrics.registry,
         on_answer=metrics.answered,
@@ -160,6 +181,20 @@ def assemble(settings: Settings) -> Backend:
         metrics=metrics,
         store=store,
         tuning=tuning,
+        batches=None if store is None else _batches(settings, store, engine, lines, metrics),
+    )
+
+
+def _batches(
+    settings: Settings, store: Store, engine: Engine, lines: CompletionService, metrics: Metrics
+) -> BatchRunner:
+    return BatchRunner(
+        store.batches,
+        store.files,
+        {"/v1/completions": CompletionLines(lines)},
+        lines_at_once=settings.batch_lines_at_once,
+        crowded=lambda: engine.crowded,
+        on_line=metrics.batch_line,
     )
 
 

@@ -78,6 +78,11 @@ class WaitingFor(Enum):
     DEFERRED = "deferred"  # vLLM knows requests that something else holds back; here there are none
 
 
+class LineEnd(Enum):
+    COMPLETED = "completed"
+    FAILED = "failed"  # refused, or never run
+
+
 class Source(Enum):
     LOCAL_COMPUTE = "local_compute"
     LOCAL_CACHE_HIT = "local_cache_hit"
@@ -184,6 +189,9 @@ class Metrics:
         )
         self.http_requests = self._counters("http_requests", "HTTP answers", ("route", "status"))
         self.key_requests = self._counters("key_requests", "Calls admitted, by key", ("key",))
+        self.batch_lines = self._counters(
+            "batch_lines", "Lines of /v1/batches that have their outcome", {"outcome": _values(LineEnd)}
+        )
         self.params_n = self._histogram("request_params_n", "n of a call", SAMPLES)
         self.params_max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request", TOKENS)
 
@@ -225,6 +233,9 @@ class Metrics:
 
     def answered(self, route: str, status: int) -> None:
         self.http_requests(route, str(status)).inc()
+
+    def batch_line(self, succeeded: bool) -> None:
+        self.batch_lines((LineEnd.COMPLETED if succeeded else LineEnd.FAILED).value).inc()
 
     # === One row each ===
 

@@ -91,6 +91,9 @@ class Settings(BaseSettings):
         repr=False,
     )
     max_file_bytes: int = _rare("bytes of an uploaded file", 512 << 20, ge=1024)
+    batch_lines_at_once: int = _rare(
+        "lines of batches that are computed at once, behind everything else", 8, ge=1, le=4096
+    )
     training_device: str = _rare(
         "where fine-tuning jobs run: auto, cpu, cuda or cuda:N", "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
     )

@@ -31,13 +31,14 @@ from server.api.parsing import CompletionRequest, parse_completion
 from server.api.phrases import Phrases
 from server.api.prompts import encode, fit
 from server.api.rendering import ChoiceCollector, ChunkRenderer, CompletionShape, Envelope, Shape, usage_json
-from server.api.schemas import CompletionAnswer, StreamOptions, completion_schema
+from server.api.schemas import CompletionAnswer, CompletionBody, StreamOptions, completion_schema
 from server.api.sse import DONE, EventStream, event
 from server.engine.grammars import GrammarChecker
 from server.engine.output import TokenTexts
 from server.engine.request import Generation, GenerationEngine, GenerationRequest, Prompt
 from server.engine.variants import Variant
 from server.errors import InvalidRequest, ServerError
+from server.worker.messages import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -60,36 +61,23 @@ class CompletionService:
         """Raises ServerError or ClientGone before the answer's first byte; never after."""
         raw = await read_body(request.scope, request.receive, self.limits)
         asked = parse_completion(raw, self.limits)
-        body = asked.body
-        shape = CompletionShape(
+        return await self.complete(asked, self.shape(asked.body), "cmpl-", request, engine_name)
+
+    def shape(self, body: CompletionBody) -> CompletionShape:
+        return CompletionShape(
             texts=self.texts,
             logprobs=body.logprobs,
             prompt_logprobs=body.prompt_logprobs,
             return_token_ids=body.return_token_ids,
         )
-        return await self.complete(asked, shape, "cmpl-", request, engine_name)
 
     async def complete(
         self, asked: CompletionRequest, shape: Shape, prefix: str, request: Request, engine_name: str | None
     ) -> Response:
         """prefix: of the answer's id. Raises as `answer` does."""
-        created = int(time.time())
         name = self.model.resolve(asked.body.model) if engine_name is None else self.model.resolve_engine(engine_name)
-        prompts = await encode(asked.prompts, self.tokenizer, self._keep_last(asked))
-        params = await self._params(asked)
-        explicit = asked.body.max_tokens is not None
-        params = fit(prompts, params, self.limits, explicit=explicit, alike=asked.beam is not None)
-        call = self._call(asked, prompts, params, prefix, caller_of(request.scope), self.model.variant(name))
-        generation = self.engine.submit(call)
-        request.scope["generation"] = generation  # its usage is logged
-        envelope = Envelope(
-            id=call.id if asked.body.request_id is None else prefix + asked.body.request_id,
-            object=shape.chunk_object if asked.body.stream else shape.whole_object,
-            created=created,
-            model=name,
-            fingerprint=self.model.fingerprint_of(name),
-        )
-        answer = Answer(call, generation, envelope, shape, asked.stream_options, self.running)
+        answer = await self.begin(asked, shape, prefix, caller_of(request.scope), name)
+        request.scope["generation"] = answer.generation  # its usage is logged
         headers = {"openai-model": name}
         if asked.ignored:
             headers["x-ignored-fields"] = ", ".join(asked.ignored)
@@ -100,6 +88,32 @@ class CompletionService:
         finally:
             await answer.close()
         return Response(body, headers=headers, media_type="application/json")
+
+    async def begin(
+        self,
+        asked: CompletionRequest,
+        shape: Shape,
+        prefix: str,
+        caller: Caller,
+        name: str,
+        *,
+        background: bool = False,
+    ) -> Answer:
+        """name: of the model. background: nobody waits for it. To be closed. Raises ServerError."""
+        created = int(time.time())
+        prompts = await encode(asked.prompts, self.tokenizer, self._keep_last(asked))
+        params = await self._params(asked)
+        explicit = asked.body.max_tokens is not None
+        params = fit(prompts, params, self.limits, explicit=explicit, alike=asked.beam is not None)
+        call = self._call(asked, prompts, params, prefix, caller, self.model.variant(name), background=background)
+        envelope = Envelope(
+            id=call.id if asked.body.request_id is None else prefix + asked.body.request_id,
+            object=shape.chunk_object if asked.body.stream else shape.whole_object,
+            created=created,
+            model=name,
+            fingerprint=self.model.fingerprint_of(name),
+        )
+        return Answer(call, self.engine.submit(call), envelope, shape, asked.stream_options, self.running)
 
     def _keep_last(self, asked: CompletionRequest) -> int | None:
         keep = asked.body.truncate_prompt_tokens
@@ -124,6 +138,8 @@ class CompletionService:
         prefix: str,
         caller: Caller,
         variant: Variant | None,
+        *,
+        background: bool,
     ) -> GenerationRequest:
         body = asked.body
         return GenerationRequest(
@@ -138,7 +154,7 @@ class CompletionService:
             echo=body.echo,
             skip_special_tokens=body.skip_special_tokens,
             tokens_as_ids=body.return_tokens_as_token_ids,
-            priority=body.priority,
+            priority=2 * BACKGROUND + body.priority if background else body.priority,
             salt=cache_salt(caller, body.cache_salt),
             variant=variant,
             key_name=caller.name,
@@ -158,7 +174,7 @@ class Answer:
         running: set[str],
     ) -> None:
         self._call = call
-        self._generation = generation
+        self.generation = generation
         self._envelope = envelope
         self._shape = shape
         self._stream_options = stream_options
@@ -169,7 +185,7 @@ class Answer:
         """Each choice is rendered when it ends, so no large answer is rendered in one go."""
         collectors: dict[int, ChoiceCollector] = {}
         done: dict[int, str] = {}
-        async for delta in self._generation:
+        async for delta in self.generation:
             if delta.index not in collectors:
                 prompt = self._call.prompts[delta.index // self._call.n]
                 collectors[delta.index] = ChoiceCollector(prompt, self._shape)
@@ -178,7 +194,7 @@ class Answer:
                 done[delta.index] = choice
         assert len(done) == len(self._call.prompts) * self._call.n
         choices = ",".join(done[index] for index in sorted(done))
-        return self._envelope.wrap(choices, usage_json(self._generation.usage))
+        return self._envelope.wrap(choices, usage_json(self.generation.usage))
 
     async def events(self) -> AsyncIterator[bytes]:
         """Only a clean end has [DONE]. An error after the headers is one event, and the last."""
@@ -198,17 +214,17 @@ class Answer:
         with_usage = self._stream_options.include_usage
         continuous = with_usage and self._stream_options.continuous_usage_stats
         usage = "null" if with_usage else ""
-        async for delta in self._generation:
+        async for delta in self.generation:
             if continuous:
-                usage = usage_json(self._generation.usage)
+                usage = usage_json(self.generation.usage)
             for choice in renderer.chunks(delta):
                 yield self._envelope.wrap(choice, usage)
         if with_usage:
-            yield self._envelope.wrap("", usage_json(self._generation.usage))
+            yield self._envelope.wrap("", usage_json(self.generation.usage))
 
     async def close(self) -> None:
         self._running.discard(self._call.id)
-        await self._generation.aclose()
+        await self.generation.aclose()
 
 
 async def while_there(work: Coroutine[Any, Any, T], request: Request) -> T:

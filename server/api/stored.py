@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from server.api.auth import caller_of
+from server.api.batches import batch_routes
 from server.api.files import file_routes
 from server.api.fine_tunes import fine_tune_routes
 from server.api.fine_tuning import fine_tuning_routes
@@ -34,6 +35,7 @@ def stored_routes(store: Store | None, tuning: FineTuning | None, model: ServedM
     router.include_router(removal_routes(tuning, model))
     if store is not None:
         router.include_router(file_routes(store.files, limits))
+        router.include_router(batch_routes(store.batches, store.files, limits))
     if store is not None and tuning is not None:
         router.include_router(fine_tuning_routes(tuning, store.files, model, limits))
         router.include_router(fine_tune_routes(tuning, store.files, model, limits))

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +97,11 @@ class Engine:
         """Requests in flight."""
         return len(self._generations)
 
+    @property
+    def crowded(self) -> bool:
+        """Somebody waits for a first token."""
+        return any(True for _ in self._queue())
+
     def submit(self, request: GenerationRequest) -> RunningGeneration:
         """Raises Overloaded, Draining or RateLimited.
 
@@ -110,7 +116,9 @@ class Engine:
         self._observer.entered(request)
         generation = self._generation(request)
         self._generations.add(generation)
-        generation.expiry = asyncio.get_running_loop().call_later(self._request_timeout, self._expire, generation)
+        if not request.background:
+            loop = asyncio.get_running_loop()
+            generation.expiry = loop.call_later(self._request_timeout, self._expire, generation)
         self._start_due(generation)
         return generation
 
@@ -145,14 +153,19 @@ class Engine:
             raise Overloaded("The server is asleep; an operator has to wake it up (POST /wake_up).")
         if self.worker is None or self._dead:
             raise Overloaded("The model is still loading. Please try again shortly.")
+        if request.background:  # of which there are few at a time: they take nobody's place
+            return
         wait = 0.0 if self._buckets is None else self._buckets.wait(request.key_name, time.monotonic())
         if wait > 0:
             raise RateLimited("This key has used up its tokens per minute. Please try again later.", retry_after=wait)
-        queued = [_prompt_tokens(each.request) for each in self._generations if not each.started]
+        queued = [_prompt_tokens(each.request) for each in self._queue()]
         self._admission.check(_prompt_tokens(request), queued, self._observer.tokens_per_second)
 
+    def _queue(self) -> Iterator[RunningGeneration]:
+        return (each for each in self._generations if not each.started and not each.request.background)
+
     def _charge(self, request: GenerationRequest, tokens: int) -> None:
-        if self._buckets is not None:
+        if self._buckets is not None and not request.background:
             self._buckets.take(request.key_name, tokens, time.monotonic())
 
     def _generation(self, request: GenerationRequest) -> RunningGeneration:

@@ -9,7 +9,7 @@ from typing import Protocol
 from model.sampling_params import SamplingParams
 from model.step import TokenLogprobs
 from server.engine.variants import Variant
-from server.worker.messages import FinishReason
+from server.worker.messages import BACKGROUND, FinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,15 @@ class GenerationRequest:
     echo: bool = False
     skip_special_tokens: bool = True  # generated special tokens show no text
     tokens_as_ids: bool = False  # logprob rows name tokens "token_id:N"
-    priority: int = 0
+    priority: int = 0  # lower runs first; from BACKGROUND on, after all that somebody waits for
     salt: bytes = b""
     variant: Variant | None = None  # of the model; None for the model itself
     key_name: str = ""  # whose request it is, for metrics and per-key limits; "" without keys
+
+    @property
+    def background(self) -> bool:
+        """Nobody waits for it: no queue, quota or deadline is for it."""
+        return self.priority >= BACKGROUND
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Connection, delete, insert, or_, select
 
-from server.errors import BodyTooLarge, NotFound, StorageError
+from server.errors import BodyTooLarge, NotFound, ServerError, StorageError
 from server.jobs.database import Database, Page, new_id, read_page
 from server.jobs.tables import files
 
@@ -49,8 +50,9 @@ class FileStore:
     def max_bytes(self) -> int:
         return self._max_bytes
 
-    def draft(self) -> Draft:
-        return Draft(self._database, self._directory, self._max_bytes)
+    def draft(self, *, bounded: bool = True) -> Draft:
+        """bounded: as what a client sends is."""
+        return Draft(self._database, self._directory, self._max_bytes if bounded else None)
 
     def path(self, file: StoredFile) -> Path:
         return self._directory / file.id
@@ -110,7 +112,7 @@ class FileStore:
 class Draft:
     """A file that is being written; without `keep` it leaves nothing behind."""
 
-    def __init__(self, database: Database, directory: Path, max_bytes: int) -> None:
+    def __init__(self, database: Database, directory: Path, max_bytes: int | None) -> None:
         self._database = database
         self._id = new_id("file-")
         self._path = directory / self._id
@@ -121,13 +123,16 @@ class Draft:
         self.bytes = 0
 
     async def __aenter__(self) -> Self:
-        self._file = await self._do(partial(self._partial.open, "xb"))
+        try:
+            self._file = self._partial.open("xb")
+        except OSError as error:
+            raise _unwritable(error) from None
         return self
 
     async def write(self, data: bytes) -> None:
         """Raises BodyTooLarge, or StorageError where the disk is full."""
         self.bytes += len(data)
-        if self.bytes > self._max_bytes:
+        if self._max_bytes is not None and self.bytes > self._max_bytes:
             raise BodyTooLarge(
                 f"The file is too large: this server takes {self._max_bytes} bytes.", code="file_too_large"
             )
@@ -135,10 +140,23 @@ class Draft:
         if len(self._buffer) >= BUFFER:
             await self._flush()
 
-    async def keep(self, *, filename: str, purpose: str, owner: str, expires_after: int | None = None) -> StoredFile:
-        """expires_after: seconds. Raises StorageError."""
+    async def keep(
+        self,
+        *,
+        filename: str,
+        purpose: str,
+        owner: str,
+        expires_after: int | None = None,
+        also: Callable[[Connection, str], object] | None = None,
+    ) -> StoredFile:
+        """expires_after: seconds. also: told the file's id in the same transaction. Raises StorageError, and what
+        `also` raises of ServerError; then there is no such file."""
         await self._flush()
-        await self._do(self._sync)
+        try:
+            await self._do(self._sync)
+        except BaseException:
+            self._path.unlink(missing_ok=True)
+            raise
         now = int(time.time())
         file = StoredFile(
             id=self._id,
@@ -149,9 +167,15 @@ class Draft:
             filename=safe_name(filename),
             purpose=purpose,
         )
+
+        def add(connection: Connection) -> None:
+            connection.execute(insert(files).values(**asdict(file)))
+            if also is not None:
+                also(connection, file.id)
+
         try:
-            await self._database.run(lambda connection: connection.execute(insert(files).values(**asdict(file))))
-        except StorageError:
+            await self._database.run(add)
+        except ServerError:
             self._path.unlink(missing_ok=True)
             raise
         return file
@@ -172,11 +196,19 @@ class Draft:
         self._partial.rename(self._path)
 
     async def _do(self, work: Any) -> Any:
+        """In a thread, which is at its end in any case when this returns or raises."""
+        working = asyncio.ensure_future(asyncio.to_thread(work))
         try:
-            return await asyncio.to_thread(work)
+            return await asyncio.shield(working)
         except OSError as error:
-            log.error("a file cannot be written", extra={"reason": error.strerror})
-            raise StorageError from None
+            raise _unwritable(error) from None
+        finally:
+            await asyncio.wait({working})
+
+
+def _unwritable(error: OSError) -> StorageError:
+    log.error("a file cannot be written", extra={"reason": error.strerror})
+    return StorageError()
 
 
 def find_file(connection: Connection, id_: str, owner: str) -> StoredFile:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import SettingsError
+from server.jobs.batches import BatchStore
 from server.jobs.database import Database, open_database
 from server.jobs.files import FileStore
 
@@ -17,6 +18,7 @@ class Store:
     directory: Path
     database: Database
     files: FileStore
+    batches: BatchStore
     lock: int | None  # a descriptor, while nobody else may use the directory
 
     def close(self) -> None:
@@ -42,9 +44,11 @@ def open_store(directory: Path, url: str | None, max_file_bytes: int) -> Store:
             os.close(lock)
         raise
     files = FileStore(database, directory / "files", max_file_bytes)
+    batches = BatchStore(database)
     if lock is not None:
         files.sweep()
-    return Store(directory, database, files, lock)
+        batches.release_all()
+    return Store(directory, database, files, batches, lock)
 
 
 def _lock(directory: Path) -> int:

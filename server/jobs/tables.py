@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
 
 SCHEMA_VERSION = 1
 
@@ -121,11 +134,16 @@ batches = Table(
     Column("output_file_id", String(64)),
     Column("error_file_id", String(64)),
     Column("completion_window", String(16), nullable=False),
+    Column("output_expires_after", BigInteger),  # seconds
     Column("details", JSON(none_as_null=True)),  # metadata
+    Column("model", String(255)),  # of all its lines, if it is one
     Column("errors", JSON(none_as_null=True)),
     Column("total", Integer, nullable=False),
     Column("completed", Integer, nullable=False),
     Column("failed", Integer, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
     _time("created_at", nullable=False),
     *(
         _time(f"{word}_at")
@@ -137,3 +155,13 @@ batches = Table(
     Column("lease_until", Float),
     Index("batches_status", "status"),
 )  # fmt: skip
+
+# What came of the lines of a batch that has not ended; then they are files.
+batch_lines = Table(
+    "batch_lines",
+    metadata,
+    Column("batch_id", String(64), ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True),  # of the line in the input, from 1
+    Column("succeeded", Boolean, nullable=False),
+    Column("output", Text, nullable=False),  # the line of the output or error file
+)

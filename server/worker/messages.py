@@ -9,6 +9,8 @@ import msgspec
 from model.sampling_params import SamplingParams
 from model.step import PromptLogprobs, TokenLogprobs
 
+BACKGROUND = 1 << 31  # priorities from here on are of work that nobody waits for; what a client may ask is below
+
 
 class FinishReason(Enum):
     STOP = "stop"

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from server.api.batches import BatchBody
 from server.api.chat_schemas import ChatBody
 from server.api.fine_tuning_schemas import (
     DistillationBody,
@@ -46,6 +47,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "hyperparameters": request_schema(HyperparametersBody),
     "fine_tune": request_schema(FineTuneBody),
     "embeddings": embedding_schema(LIMITS),
+    "batches": request_schema(BatchBody),
     "tokenize": tokenize_schema(),
     "detokenize": detokenize_schema(LIMITS),
 }

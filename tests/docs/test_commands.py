@@ -1,6 +1,7 @@
 """Every command that a page shows is run in a copy of the repository, or says why not; CONTRIBUTING.md has the rule.
 
-`127.0.0.1:8000` is one server of the default model that all blocks share; one that a block starts ends when ready.
+`127.0.0.1:8000` is one server of the default model, with a data directory, that all blocks share; one that a block
+starts ends when ready.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def name(block: Block) -> str:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with serving(None, "--threads", "1") as running:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    data = tmp_path_factory.mktemp("data")
+    with serving(None, "--threads", "1", "--data-dir", str(data)) as running:
         yield running
 
 

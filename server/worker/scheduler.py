@@ -15,6 +15,10 @@ may be found in the prefix cache as soon as the chunk that fills it is planned, 
 so that the n samples of one prompt start together and compute it once. Only full blocks are shared: the tail of a
 prompt, shorter than a block, is computed by each sibling, which costs less than copying blocks on write would in code.
 
+Sequences that nobody waits for (`background`) rank behind all others, and more: they give their seats and blocks to the
+first of the others that would have to wait for one, and their prompts get a small part of a step, so that a step which
+somebody comes to wait for is a short one.
+
 Guesses (speculative decoding) ride along with the chunks that sample, in what is left of the budget and of the free
 blocks once everything else has its share. Those that were right are computed tokens; the others never happened, and the
 blocks borrowed for them go back. Until that is known, the sequence is left out of further plans.
@@ -33,6 +37,7 @@ from server.worker.messages import Add, FinishReason, SequenceOutput, Stats
 from server.worker.sequence import Sequence, Status
 from server.worker.speculation import SpeculationController
 
+BACKGROUND_SHARE = 8  # one token in so many of a step's may be of prompts that nobody waits for
 PREEMPTIONS_BEFORE_RESERVE = 3  # then it gets all the blocks it may ever need at once, and is left alone
 
 _rank = attrgetter("rank")
@@ -133,6 +138,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan a step: decoding first, then prompts under way, then new ones. None when there is nothing to run."""
+        self._make_way()
         budget = self.token_budget
         preemptions = self.preemptions
         chunks: list[ScheduledChunk] = []
@@ -146,15 +152,19 @@ class Scheduler:
                 if self._grow(sequence):
                     chunks.append(self._chunk(sequence, 1, known))
                     budget -= 1
-        for sequence in prefills:  # their blocks they have had since admission
-            if budget > 0 and sequence.status is Status.RUNNING:
-                chunks.append(self._chunk(sequence, min(sequence.remaining, budget), len(sequence.block_table)))
-                budget -= chunks[-1].count
         added: list[NewSequence] = []
-        while budget > 0 and self.preemptions == preemptions and (admitted := self._admit()) is not None:
-            added.append(_for_runner(admitted))
-            chunks.append(self._chunk(admitted, min(admitted.remaining, budget), 0))
-            budget -= chunks[-1].count
+        for background in (False, True):
+            left = min(budget, max(self.token_budget // BACKGROUND_SHARE, 1)) if background else budget
+            budget -= left
+            for sequence in prefills:  # their blocks they have had since admission
+                if sequence.background is background and left > 0 and sequence.status is Status.RUNNING:
+                    chunks.append(self._chunk(sequence, min(sequence.remaining, left), len(sequence.block_table)))
+                    left -= chunks[-1].count
+            while left > 0 and self.preemptions == preemptions and (admitted := self._admit(background)) is not None:
+                added.append(_for_runner(admitted))
+                chunks.append(self._chunk(admitted, min(admitted.remaining, left), 0))
+                left -= chunks[-1].count
+            budget += left
         if not chunks:
             return None
         if self._speculation is not None:
@@ -175,17 +185,41 @@ class Scheduler:
         sequence.block_table += self.pool.allocate(1)
         return True
 
-    def _admit(self) -> Sequence | None:
-        """Start the first of the queue, if there is a seat and blocks for all its tokens."""
-        if not self._waiting or len(self._running) >= self.max_num_seqs:
+    def _make_way(self) -> None:
+        """Until the first of the queue has a seat and blocks, or nobody is left who has to give up his."""
+        while (
+            self._running
+            and self._running[-1].background
+            and self._waiting
+            and not self._waiting[0].background
+            and not (self._has_seat and self._fits(self._waiting[0]))
+        ):
+            self._preempt(self._running[-1])
+
+    @property
+    def _has_seat(self) -> bool:
+        return len(self._running) < self.max_num_seqs
+
+    def _room(self, sequence: Sequence, cached: list[int]) -> int | None:
+        """Blocks it needs beside those that are cached; None where there are not so many."""
+        reserve = sequence.preemptions >= PREEMPTIONS_BEFORE_RESERVE
+        need = self.pool.blocks_for(sequence.limit if reserve else sequence.total) - len(cached)
+        fits = need + len(self._running) <= self.pool.available(cached)  # each running one will soon need a block
+        return need if fits else None
+
+    def _fits(self, sequence: Sequence) -> bool:
+        return self._room(sequence, self._cached_blocks(sequence)) is not None
+
+    def _admit(self, background: bool) -> Sequence | None:
+        """Start the first of the queue, if it is of this kind and there is a seat and blocks for all its tokens."""
+        if not self._has_seat or not self._waiting or self._waiting[0].background is not background:
             return None
         sequence = self._waiting[0]
         if sequence.in_flight:  # preempted while a plan was to sample its next token: wait for that
             return None
         cached = self._cached_blocks(sequence)
-        reserve = sequence.preemptions >= PREEMPTIONS_BEFORE_RESERVE
-        need = self.pool.blocks_for(sequence.limit if reserve else sequence.total) - len(cached)
-        if need + len(self._running) > self.pool.available(cached):  # each running one will soon need a block
+        need = self._room(sequence, cached)
+        if need is None:
             return None
         del self._waiting[0]
         insort(self._running, sequence, key=_rank)

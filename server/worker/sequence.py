@@ -11,7 +11,7 @@ from enum import Enum
 from model.sampling_params import SamplingParams
 from model.step import GrammarState
 from server.worker.block_pool import BlockKey, block_keys, root_digest
-from server.worker.messages import Add, FinishReason
+from server.worker.messages import BACKGROUND, Add, FinishReason
 from server.worker.speculation import FIRST_ACCEPTANCE
 
 
@@ -34,6 +34,7 @@ class Sequence:
     rank: tuple[int, int]  # the lowest runs first and is preempted last
     salt: bytes
     variant: str | None = None
+    background: bool = False  # nobody waits for it: it makes way
 
     status: Status = Status.WAITING
     computed: int = 0  # their keys and values are in the blocks, once the plans in flight have run
@@ -62,6 +63,7 @@ class Sequence:
             rank=rank,
             salt=message.salt,
             variant=message.variant,
+            background=message.priority >= BACKGROUND,
             scored=length if params.prompt_logprobs is None else 1,  # a prompt's first token has no score
         )
 

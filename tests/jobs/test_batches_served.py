@@ -11,7 +11,7 @@ import openai
 import pytest
 from serving import RunningServer, serving
 
-PATIENCE = 120.0  # seconds
+PATIENCE = 240.0  # seconds
 FLAGS = ("--threads", "1")
 
 

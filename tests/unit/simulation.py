@@ -21,7 +21,7 @@ from model.step import (
     TokenLogprobs,
 )
 from server.worker.block_pool import BlockPool
-from server.worker.messages import Add, FinishReason, SequenceOutput
+from server.worker.messages import BACKGROUND, Add, FinishReason, SequenceOutput
 from server.worker.scheduler import PREEMPTIONS_BEFORE_RESERVE, Scheduler
 from server.worker.speculation import SpeculationController
 
@@ -271,7 +271,11 @@ class Simulation:
         assert all(chunk.count > 0 for chunk in plan.chunks)
         assert len(self.running) <= self.scheduler.max_num_seqs
         assert self.running <= self.live.keys()
-        assert not (preempted and plan.added), "admitted in a step that preempted"
+        if preempted and plan.added:  # somebody who waits was made way for
+            made_way = [id_ for id_ in plan.removed if id_ in self.live]
+            assert made_way, "admitted in a step that preempted"
+            assert all(self._background(id_) for id_ in made_way), "a sequence that somebody waits for made way"
+            assert not any(self._background(new.id) for new in plan.added), "made way for what nobody waits for"
         self._check_order(plan, preempted)
 
     def _check_order(self, plan: StepPlan, preempted: bool) -> None:
@@ -280,7 +284,7 @@ class Simulation:
         for new in plan.added:
             client = self.live[new.id]
             client.admissions += 1
-            assert client.admissions <= 1 + PREEMPTIONS_BEFORE_RESERVE
+            assert client.admissions <= 1 + PREEMPTIONS_BEFORE_RESERVE or self._background(new.id)
             assert all(client.order < order for order in waiting), "overtook one that waits"
         if not preempted:
             return
@@ -289,6 +293,9 @@ class Simulation:
             client = self.live[chunk.id]
             spared = client.admissions > PREEMPTIONS_BEFORE_RESERVE
             assert spared or all(client.order < order for order in out), "preempted the wrong one"
+
+    def _background(self, id_: int) -> bool:
+        return self.live[id_].message.priority >= BACKGROUND
 
     def _receive(self, output: SequenceOutput) -> None:
         client = self.live[output.id]

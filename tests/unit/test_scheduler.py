@@ -10,7 +10,7 @@ from simulation import EOS, Simulation, alone
 from model.sampling_params import SamplingParams
 from model.step import NewSequence, SampledToken, ScheduledChunk, StepPlan, StepResult
 from server.worker.block_pool import BlockPool
-from server.worker.messages import Add, FinishReason, SequenceOutput
+from server.worker.messages import BACKGROUND, Add, FinishReason, SequenceOutput
 from server.worker.scheduler import PREEMPTIONS_BEFORE_RESERVE, Scheduler
 
 
@@ -337,6 +337,62 @@ def test_demand_of_four_pools_is_met_without_waste() -> None:
     sim.drain()
     assert sim.scheduler.preemptions > 0
     assert sim.steps < 4 * 24 * 1.25  # four times the pool at one token each: at least 80 % of what it could
+
+
+# === What nobody waits for ===
+
+
+def test_it_gives_its_seat_to_the_first_who_comes() -> None:
+    sim = Simulation(max_num_seqs=2)
+    lines = [sim.add(prompt(2, i), params(20), priority=BACKGROUND) for i in (1, 2)]
+    sim.step(3)
+    live = sim.add(prompt(2, 3), params(4))
+    plan = sim.schedule()
+    assert plan is not None
+    assert (added(plan), plan.removed) == ([live], [lines[1]])
+    sim.drain()
+    assert [client.message.id for client in sim.ended] == [live, *lines]
+
+
+def test_it_gives_its_blocks_and_no_more_of_them_than_are_needed() -> None:
+    sim = Simulation(num_blocks=8, max_model_len=32)
+    lines = [sim.add(prompt(8, i), params(4), priority=BACKGROUND) for i in (1, 2, 3)]
+    sim.step(6)
+    assert sim.running >= set(lines[:2])
+    live = sim.add(prompt(12, 4), params(2))
+    plan = sim.schedule()
+    assert added(plan) == [live]
+    assert lines[0] in sim.running
+    sim.drain()
+
+
+def test_others_do_not_make_way_for_it_nor_is_it_overtaken_by_its_like() -> None:
+    sim = Simulation(max_num_seqs=1)
+    running = sim.add(prompt(2, 1), params(6), priority=2)
+    sim.step()
+    waiting = [sim.add(prompt(2, 2), params(2), priority=BACKGROUND) for _ in range(2)]
+    live = sim.add(prompt(2, 3), params(2))
+    sim.drain()
+    assert [client.message.id for client in sim.ended] == [running, live, *waiting]
+
+
+def test_its_prompts_get_a_small_part_of_a_step_and_come_last() -> None:
+    sim = Simulation(budget=16, ageing_steps=1)
+    line = sim.add(prompt(20, 1), params(2), priority=BACKGROUND)
+    assert counts(sim.schedule()) == {line: 2}
+    sim.update()
+    live = sim.add(prompt(15, 2), params(2))
+    assert counts(sim.schedule()) == {live: 15, line: 1}
+    sim.drain()
+
+
+def test_no_flood_of_others_has_it_age() -> None:
+    sim = Simulation(max_num_seqs=1, ageing_steps=1)
+    sim.add(prompt(2, 1), params(1), priority=BACKGROUND)
+    for i in range(40):
+        sim.add(prompt(2, i), params(1))
+    sim.drain()
+    assert sim.ended[-1].message.priority == BACKGROUND
 
 
 # === Leaving ===

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from simulation import Eager, Simulation, alone
 
 from model.sampling_params import SamplingParams
-from server.worker.messages import Add
+from server.worker.messages import BACKGROUND, Add
 
 SHARED = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4]  # prompts are its beginnings
 MAX_MODEL_LEN = 40
@@ -32,7 +32,7 @@ def family(sim: Simulation, random: Random, siblings: int) -> None:
         "ignore_eos": random.random() < 0.7,
         "prompt_logprobs": 1 if scored else None,
     }
-    priority, salt = random.choice([0, 0, 0, 1, -1, 2]), random.choice([b"", b"", b"a"])
+    priority, salt = random.choice([0, 0, 0, 1, -1, 2, BACKGROUND]), random.choice([b"", b"", b"a"])
     for choice in range(siblings):
         whole = Add(id=0, prompt=prompt, params=SamplingParams(choice=choice, **params), salt=salt)  # type: ignore[arg-type]
         output, _ = alone(whole, sim.scheduler.max_model_len)

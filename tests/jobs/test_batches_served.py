@@ -130,12 +130,12 @@ def test_live_requests_are_not_refused_for_lines(tiny: Path, tmp_path: Path) -> 
     """Of one seat and one place in the queue a batch takes neither for long."""
     flags = (*FLAGS, "--data-dir", str(tmp_path / "data"), "--max-num-seqs", "1", "--max-num-queued-reqs", "1")
     with serving(tiny, *flags) as server, client_of(server) as client:
-        id_ = submit(client, lines_of(30, 100))
+        id_ = submit(client, lines_of(12, 100))
         wait(client, id_, completed=1)
         impatient = client.with_options(max_retries=0)
-        for seed in range(10):
+        for seed in range(6):
             answer = impatient.completions.create(model="ada", prompt="a", max_tokens=4, seed=seed)
             assert answer.usage is not None
-        check_all_once(client, wait(client, id_), 30)
+        check_all_once(client, wait(client, id_), 12)
         refused = [value for name, value in server.metrics().items() if name.startswith("gpt2_requests_rejected")]
         assert not any(refused)

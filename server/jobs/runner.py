@@ -156,24 +156,26 @@ class Runner:
     async def _follow(self, trainer: Trainer, job: FineTuningJob, progress: Progress) -> bool:
         """To the trainer's end. False: the job was cancelled, paused, or taken by another server."""
         watching = asyncio.create_task(self._watch(trainer, job))
+        mine = True
         try:
             async for said in trainer.events():
                 if not await self._note(job, progress, said):
+                    mine = False
                     trainer.stop()
-            return not watching.done() or await watching
+            return mine and (not watching.done() or await watching)
         finally:
             watching.cancel()
 
     async def _watch(self, trainer: Trainer, job: FineTuningJob) -> bool:
         """Renews the lease. Returns False, and the trainer is told to stop, once the job is no longer ours."""
         while True:
+            self._due.clear()
             try:
                 if not await self._jobs.renew(job.id, self._name, LEASE):
                     trainer.stop()
                     return False
             except StorageError:
                 log.warning("the lease of a job cannot be renewed", extra={"job": job.id})
-            self._due.clear()
             await self._wait(RENEWAL)
 
     async def _note(self, job: FineTuningJob, progress: Progress, said: dict[str, Any]) -> bool:

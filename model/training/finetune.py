@@ -25,6 +25,9 @@ where it was; 64 bad job; 65 bad data; 74 disk or file; 70 the loss is no number
 cannot be used; 1 a defect, of which standard error says more. To cancel, send SIGTERM, or kill it at any moment, and
 delete `out`; to pause, send SIGTERM; to resume after either or after a crash, run the same job again: it ends with the
 same weights. A finished job that is run again says so and does nothing.
+
+On SIGURG it rests for as long as it has worked since the last one: whoever shares the machine sends it a few a second
+while there is something more urgent.
 """
 
 from __future__ import annotations
@@ -65,8 +68,21 @@ FAILURES: list[tuple[type[Exception], str, int]] = [
 ]
 PROBLEMS_MAX = 100
 RESULT = "result.json"
+REST_MAX = 2.0  # seconds
 
 Report = Callable[..., None]
+
+
+class GivingWay:
+    """On SIGURG, which does nothing to a process that does not know it."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        signal.signal(signal.SIGURG, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        time.sleep(min(time.monotonic() - self._since, REST_MAX))
+        self._since = time.monotonic()
 
 
 class Stopping:
@@ -94,6 +110,7 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m model.training.finetune JOB.json", file=sys.stderr)
         return 64
     stopping = Stopping()
+    GivingWay()
     try:
         job = read_job(Path(arguments[0]))
         os.nice(job.nice)

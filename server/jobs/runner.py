@@ -11,6 +11,7 @@ import logging
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,26 @@ log = logging.getLogger(__name__)
 POLL = 2.0  # seconds between looks for a job, where nobody says that there is one
 LEASE = 30.0  # seconds for which a job is ours without our saying so again
 RENEWAL = 5.0
+TURN = 0.2  # seconds between looks whether there are requests
 
 
 class Runner:
-    def __init__(self, jobs: JobStore, files: FileStore, library: Library, machine: Machine, directory: Path) -> None:
-        """directory: of the data."""
+    def __init__(
+        self,
+        jobs: JobStore,
+        files: FileStore,
+        library: Library,
+        machine: Machine,
+        directory: Path,
+        busy: Callable[[], bool],
+    ) -> None:
+        """directory: of the data. busy: whether there are requests, beside which a trainer gets half of its time."""
         self._jobs = jobs
         self._files = files
         self._library = library
         self._machine = machine
         self._directory = directory
+        self._busy = busy
         self._name = secrets.token_hex(8)
         self._due = asyncio.Event()  # something has changed
 
@@ -156,6 +167,7 @@ class Runner:
     async def _follow(self, trainer: Trainer, job: FineTuningJob, progress: Progress) -> bool:
         """To the trainer's end. False: the job was cancelled, paused, or taken by another server."""
         watching = asyncio.create_task(self._watch(trainer, job))
+        giving_way = asyncio.create_task(self._give_way(trainer))
         mine = True
         try:
             async for said in trainer.events():
@@ -165,6 +177,14 @@ class Runner:
             return mine and (not watching.done() or await watching)
         finally:
             watching.cancel()
+            giving_way.cancel()
+
+    async def _give_way(self, trainer: Trainer) -> None:
+        """At the lowest priority it still takes of caches and memory what requests could use."""
+        while True:
+            if self._busy():
+                trainer.give_way()
+            await asyncio.sleep(TURN)
 
     async def _watch(self, trainer: Trainer, job: FineTuningJob) -> bool:
         """Renews the lease. Returns False, and the trainer is told to stop, once the job is no longer ours."""

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -46,14 +47,20 @@ class Trainer:
         """Its exit status; negative where a signal ended it."""
         return await self._process.wait()
 
+    def give_way(self) -> None:
+        """It rests for as long as it has worked since the last time."""
+        self._signal(signal.SIGURG)
+
     def stop(self) -> None:
         """It saves its state first."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+        self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            self._process.send_signal(number)
 
 
 @asynccontextmanager

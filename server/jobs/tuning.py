@@ -48,4 +48,6 @@ def make_fine_tuning(
         jobs.release_all()
     library = Library(engine, jobs, store.directory, base_name, base, config)
     library.restore()
-    return FineTuning(jobs, library, Runner(jobs, store.files, library, machine, store.directory))
+    return FineTuning(
+        jobs, library, Runner(jobs, store.files, library, machine, store.directory, lambda: engine.load > 0)
+    )

@@ -147,6 +147,25 @@ def test_a_killed_job_resumes_to_the_same_weights(
     assert strip[0] == strip[1]
 
 
+def test_giving_way_takes_time_and_changes_nothing(base: Path, data: Path, tmp_path: Path) -> None:
+    status, expected = run(job(base, data, tmp_path / "alone"), tmp_path)
+    assert status == 0
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job(base, data, tmp_path / "asked")))
+    process = subprocess.Popen([*COMMAND, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process.send_signal(signal.SIGURG)  # before it can know what that means
+    assert process.stdout is not None
+    said = []
+    with process.stdout:
+        for line in process.stdout:
+            process.send_signal(signal.SIGURG)
+            said.append(json.loads(line))
+    assert process.wait(60) == 0
+    assert said[-1] == expected[-1]
+    alone, asked = (tmp_path / out / "model" / "adapter_model.safetensors" for out in ("alone", "asked"))
+    assert alone.read_bytes() == asked.read_bytes()
+
+
 def test_it_stops_when_nobody_listens(base: Path, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "job.json"
     path.write_text(json.dumps(job(base, data, tmp_path / "out", hyperparameters={"epochs": 1000})))

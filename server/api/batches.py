@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field, WithJsonSchema
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from server.api.auth import caller_of
@@ -14,7 +14,7 @@ from server.api.body import read_body
 from server.api.files import EXPIRY
 from server.api.limits import Limits
 from server.api.listing import list_response, read_after, read_limit
-from server.api.metadata import METADATA_SCHEMA, read_metadata
+from server.api.metadata import Metadata, read_metadata
 from server.api.parsing import read_body_fields, read_object, unknown_fields
 from server.api.schemas import Integer, Wire, request_schema
 from server.errors import InvalidRequest, NotFound
@@ -28,8 +28,6 @@ TIMES = (
     "created_at", "in_progress_at", "expires_at", "finalizing_at", "completed_at", "failed_at", "expired_at",
     "cancelling_at", "cancelled_at",
 )  # fmt: skip
-
-Metadata = Annotated[Any, WithJsonSchema(METADATA_SCHEMA)]
 
 
 class OutputExpiry(Wire):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Mapping
 from typing import Any
 
-from server.api.fine_tuning_schemas import AUTO, METADATA_MAX, FineTuneBody, FineTuningBody
+from server.api.fine_tuning_schemas import AUTO, FineTuneBody, FineTuningBody
+from server.api.metadata import read_metadata
 from server.api.parsing import read_body_fields, read_object, unknown_fields
 from server.errors import InvalidRequest
 from server.jobs.database import new_id
@@ -37,7 +37,7 @@ def parse_job(raw: bytes, owner: str) -> tuple[FineTuningJob, tuple[str, ...]]:
         body,
         method=_method(body),
         seed=secrets.randbelow(SEEDS) if body.seed is None else body.seed,
-        details=_metadata(body.metadata),
+        details=read_metadata(body.metadata),
     )
     return job, unknown_fields(fields, FineTuningBody)
 
@@ -115,18 +115,3 @@ def _suffix(text: str) -> str:
     if text and not suffix:
         raise InvalidRequest("Invalid 'suffix': it needs a letter or a digit.", "suffix", "invalid_value")
     return suffix
-
-
-def _metadata(value: Any) -> dict[str, str] | None:
-    """Raises InvalidRequest."""
-    if value is None:
-        return None
-    if (
-        not isinstance(value, Mapping)
-        or len(value) > METADATA_MAX
-        or not all(isinstance(text, str) and len(text) <= 512 and 0 < len(key) <= 64 for key, text in value.items())
-    ):
-        raise InvalidRequest(
-            f"Invalid 'metadata': {METADATA_MAX} texts at most, of 512 characters, with names of 64.", "metadata"
-        )
-    return dict(value)

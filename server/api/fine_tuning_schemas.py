@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field
 
+from server.api.metadata import Metadata
 from server.api.schemas import Integer, Wire
 
 AUTO = "auto"  # as good as left out
-METADATA_MAX = 16
 Count = Annotated[Integer, Field(ge=1, le=1 << 30)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
@@ -90,11 +90,6 @@ class MethodBody(Inner):
     type: Literal["supervised", "distillation"]
     supervised: SupervisedBody | None = None
     distillation: DistillationBody | None = None
-
-
-Metadata = Annotated[
-    Any, WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}, "maxProperties": METADATA_MAX})
-]
 
 
 class FineTuningBody(Wire):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import WithJsonSchema
 
 from server.errors import InvalidRequest
 
 PAIRS_MAX = 16
 KEY_MAX = 64  # characters
 VALUE_MAX = 512
-METADATA_SCHEMA = {
+SCHEMA = {
     "type": "object",
     "maxProperties": PAIRS_MAX,
     "additionalProperties": {"type": "string", "maxLength": VALUE_MAX},
 }
+Metadata = Annotated[Any, WithJsonSchema(SCHEMA)]
 
 
 def read_metadata(value: Any) -> dict[str, str] | None:

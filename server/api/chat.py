@@ -23,6 +23,7 @@ from server.api.chat_template import ChatTemplate, Message
 from server.api.completions import CompletionService
 from server.api.limits import Limits
 from server.api.parsing import CompletionRequest, at_most, parse_fields, read_body_fields, read_object
+from server.api.sse import STREAMED
 from server.api.unsupported import refusal
 from server.errors import ContextLengthExceeded, InvalidRequest
 
@@ -178,9 +179,7 @@ def chat_routes(service: CompletionService, template: ChatTemplate | None) -> AP
             "content": {"application/json": {"schema": chat_schema(service.limits)}},
         }
     }
-    answers: dict[int | str, dict[str, Any]] = {
-        200: {"model": ChatAnswer, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
-    }
+    answers: dict[int | str, dict[str, Any]] = {200: {"model": ChatAnswer, "content": STREAMED}}
 
     @router.post("/v1/chat/completions", openapi_extra=schema, responses=answers)
     @router.post("/chat/completions", include_in_schema=False)

@@ -32,7 +32,7 @@ from server.api.phrases import Phrases
 from server.api.prompts import encode, fit
 from server.api.rendering import ChoiceCollector, ChunkRenderer, CompletionShape, Envelope, Shape, usage_json
 from server.api.schemas import CompletionAnswer, CompletionBody, StreamOptions, completion_schema
-from server.api.sse import DONE, EventStream, event
+from server.api.sse import DONE, STREAMED, EventStream, event
 from server.engine.grammars import GrammarChecker
 from server.engine.output import TokenTexts
 from server.engine.request import Generation, GenerationEngine, GenerationRequest, Prompt
@@ -252,9 +252,7 @@ def cache_salt(caller: Caller, salt: str | None) -> bytes:
 def completion_routes(service: CompletionService) -> APIRouter:
     router = APIRouter(tags=["completions"])
     schema = {"requestBody": {"content": {"application/json": {"schema": completion_schema(service.limits)}}}}
-    answers: dict[int | str, dict[str, Any]] = {
-        200: {"model": CompletionAnswer, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
-    }
+    answers: dict[int | str, dict[str, Any]] = {200: {"model": CompletionAnswer, "content": STREAMED}}
 
     @router.post("/v1/completions", openapi_extra=schema, responses=answers)
     @router.post("/completions", include_in_schema=False)

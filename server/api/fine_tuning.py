@@ -22,7 +22,7 @@ from server.api.limits import Limits
 from server.api.listing import list_response, read_after, read_choice, read_limit
 from server.api.models import OWNER, ServedModel
 from server.api.schemas import request_schema
-from server.api.sse import DONE, EventStream, event
+from server.api.sse import DONE, STREAMED, EventStream, event
 from server.errors import InvalidRequest, NotFound, ServerError
 from server.jobs.files import FileStore
 from server.jobs.jobs import JobStore
@@ -33,7 +33,6 @@ LIST_DEFAULT, LIST_MAX = 20, 100
 CHECKPOINTS_DEFAULT = 10
 STREAM_POLL = 0.25  # seconds between looks for what is new
 STREAM_PAGE = 256
-EVENTS_STREAMED = {"text/event-stream": {"schema": {"type": "string"}}}
 
 Show = Callable[[JobEvent], dict[str, Any]]
 
@@ -126,7 +125,7 @@ def fine_tuning_routes(tuning: FineTuning, files: FileStore, model: ServedModel,
     async def resume_job(job_id: str, request: Request) -> Response:
         return JSONResponse(job_object(await turn(tuning, request, job_id, Status.QUEUED, "The job goes on")))
 
-    @router.get("/{job_id}/events", responses={200: {"model": EventAnswer, "content": EVENTS_STREAMED}})
+    @router.get("/{job_id}/events", responses={200: {"model": EventAnswer, "content": STREAMED}})
     async def list_events(job_id: str, request: Request) -> Response:
         """The latest first. With `stream=true` all of them, as they happen, until the job has ended."""
         if read_choice(request, "stream", ("false", "true")) == "true":

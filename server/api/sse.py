@@ -13,6 +13,9 @@ from starlette.types import Receive, Scope, Send
 PING_SECONDS = 15  # proxies cut a stream that is silent for much longer
 EXOTIC_LINE_ENDS = [(c.encode(), f"\\u{ord(c):04x}".encode()) for c in "\x85\u2028\u2029"]
 DONE = b"data: [DONE]\n\n"
+# What an OpenAPI document says of a stream: until OpenAPI 3.2 the schema is that of an event.
+EVENT_SCHEMA = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAMED: dict[str, dict[str, object]] = {"text/event-stream": {"schema": EVENT_SCHEMA}}
 
 # Streams end when the drain says so, not when a signal arrives; and no text of a client's belongs in a debug log.
 AppStatus.enable_automatic_graceful_drain = False

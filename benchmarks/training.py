@@ -40,11 +40,19 @@ async def stream(client: httpx.AsyncClient, seed: int, tokens: int) -> tuple[int
     return count, first
 
 
-async def measure(client: httpx.AsyncClient, streams: int, tokens: int) -> Round:
+async def measure(client: httpx.AsyncClient, streams: int, tokens: int, seconds: float) -> Round:
+    """One request after another on each stream, for so long: a trainer that gives way works and rests in turn."""
     began = time.perf_counter()
-    done = await asyncio.gather(*[stream(client, seed, tokens) for seed in range(streams)])
-    seconds = time.perf_counter() - began
-    return Round(streams * tokens / seconds, median(first for _, first in done))
+
+    async def keep_asking(number: int) -> list[tuple[int, float]]:
+        done = []
+        while time.perf_counter() - began < seconds:
+            done.append(await stream(client, number, tokens))
+        return done
+
+    done = [each for some in await asyncio.gather(*map(keep_asking, range(streams))) for each in some]
+    speed = sum(count for count, _ in done) / (time.perf_counter() - began)
+    return Round(speed, median(first for _, first in done))
 
 
 class Job:
@@ -79,17 +87,18 @@ class Job:
             await asyncio.sleep(0.2)
 
 
-async def compare(url: str, train: Path, streams: int, tokens: int, rounds: int) -> dict[str, Any]:
+async def compare(url: str, train: Path, streams: int, tokens: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """seconds: of a round."""
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
-        await measure(client, streams, tokens // 4)
+        await measure(client, streams, tokens, 1)
         job = await Job.create(client, train)
         alone, beside = [], []
         for _ in range(rounds):
             await job.runs()
-            beside.append(await measure(client, streams, tokens))
+            beside.append(await measure(client, streams, tokens, seconds))
             await job.turn("pause")
             await asyncio.sleep(3)  # it saves its state
-            alone.append(await measure(client, streams, tokens))
+            alone.append(await measure(client, streams, tokens, seconds))
             await job.turn("resume")
         await job.turn("cancel")
     speed = [median(each.tokens_per_second for each in kind) for kind in (alone, beside)]
@@ -108,10 +117,12 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=12, help="of a round")
     args = parser.parse_args()
     for streams in args.streams:
-        print(json.dumps(asyncio.run(compare(args.url, args.train, streams, args.tokens, args.rounds))), flush=True)
+        found = compare(args.url, args.train, streams, args.tokens, args.rounds, args.seconds)
+        print(json.dumps(asyncio.run(found)), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,6 @@ KEPT = 0.6
 @pytest.mark.parametrize("streams", [1, 8])
 def test_streams_keep_most_of_their_speed_beside_a_job(tmp_path: Path, streams: int) -> None:
     with serving(None, "--data-dir", str(tmp_path)) as server:
-        found = asyncio.run(compare(server.url, TRAIN, streams, 400, 3))
+        found = asyncio.run(compare(server.url, TRAIN, streams, 128, 2, 12))
     print(found)
     assert found["kept"] >= KEPT

@@ -19,6 +19,7 @@ import httpx
 
 PROMPT = "The harbour master wrote that evening, before the lamp was lit, "
 START_TIMEOUT = 120
+ENDING = 12  # seconds, more than a trainer gets to save its state
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ async def compare(url: str, train: Path, streams: int, tokens: int, rounds: int,
             await job.runs()
             beside.append(await measure(client, streams, tokens, seconds))
             await job.turn("pause")
-            await asyncio.sleep(3)  # it saves its state
+            await asyncio.sleep(ENDING)
             alone.append(await measure(client, streams, tokens, seconds))
             await job.turn("resume")
         await job.turn("cancel")

@@ -81,7 +81,9 @@ class Settings(BaseSettings):
 
     # Files and jobs
     data_dir: str | None = _flag(
-        "server", "directory of files, fine-tuning jobs and what they make; default: none, and no such routes", None
+        "server",
+        "directory of files, batches, fine-tuning jobs and what they make; default: none, and no such routes",
+        None,
     )
     database_url: SecretStr | None = _flag(
         "server",

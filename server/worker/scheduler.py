@@ -16,8 +16,8 @@ so that the n samples of one prompt start together and compute it once. Only ful
 prompt, shorter than a block, is computed by each sibling, which costs less than copying blocks on write would in code.
 
 Sequences that nobody waits for (`background`) rank behind all others, and more: they give their seats and blocks to the
-first of the others that would have to wait for one, and their prompts get a small part of a step, so that a step which
-somebody comes to wait for is a short one.
+first of the others that would have to wait for one, they rest in steps that compute prompts of others, and their own
+prompts get a small part of a step, so that a step which somebody comes to wait for is a short one.
 
 Guesses (speculative decoding) ride along with the chunks that sample, in what is left of the budget and of the free
 blocks once everything else has its share. Those that were right are computed tokens; the others never happened, and the
@@ -142,22 +142,23 @@ class Scheduler:
         budget = self.token_budget
         preemptions = self.preemptions
         chunks: list[ScheduledChunk] = []
-        prefills: list[Sequence] = []
-        for sequence in self._running.copy():  # oldest first; victims come from the other end
-            remaining = sequence.remaining
-            if remaining > 1:
-                prefills.append(sequence)
-            elif remaining == 1 and budget > 0 and sequence.status is Status.RUNNING:
-                known = len(sequence.block_table)
-                if self._grow(sequence):
-                    chunks.append(self._chunk(sequence, 1, known))
-                    budget -= 1
         added: list[NewSequence] = []
         for background in (False, True):
+            prefills: list[Sequence] = []
+            for sequence in self._running.copy():  # oldest first; victims come from the other end
+                remaining = sequence.remaining if sequence.background is background else 0
+                if remaining > 1:
+                    prefills.append(sequence)
+                elif remaining == 1 and budget > 0 and sequence.status is Status.RUNNING:
+                    known = len(sequence.block_table)
+                    if self._grow(sequence):
+                        chunks.append(self._chunk(sequence, 1, known))
+                        budget -= 1
+            decoding = len(chunks)
             left = min(budget, max(self.token_budget // BACKGROUND_SHARE, 1)) if background else budget
             budget -= left
             for sequence in prefills:  # their blocks they have had since admission
-                if sequence.background is background and left > 0 and sequence.status is Status.RUNNING:
+                if left > 0 and sequence.status is Status.RUNNING:
                     chunks.append(self._chunk(sequence, min(sequence.remaining, left), len(sequence.block_table)))
                     left -= chunks[-1].count
             while left > 0 and self.preemptions == preemptions and (admitted := self._admit(background)) is not None:
@@ -165,6 +166,8 @@ class Scheduler:
                 chunks.append(self._chunk(admitted, min(admitted.remaining, left), 0))
                 left -= chunks[-1].count
             budget += left
+            if len(chunks) > decoding:  # somebody waits for a first token: the step shall be no longer than that takes
+                break
         if not chunks:
             return None
         if self._speculation is not None:
@@ -178,12 +181,17 @@ class Scheduler:
         if sequence.total <= len(sequence.block_table) * self.pool.block_size:
             return True
         while self.pool.num_free == 0:
-            victim = next(s for s in reversed(self._running) if s.preemptions < PREEMPTIONS_BEFORE_RESERVE)
+            victim = next(s for s in reversed(self._running) if self._yields(s, sequence))
             self._preempt(victim)
             if victim is sequence:
                 return False
         sequence.block_table += self.pool.allocate(1)
         return True
+
+    @staticmethod
+    def _yields(sequence: Sequence, to: Sequence) -> bool:
+        """Whether it may be preempted for another's sake, or its own."""
+        return sequence.preemptions < PREEMPTIONS_BEFORE_RESERVE or (sequence.background and not to.background)
 
     def _make_way(self) -> None:
         """Until the first of the queue has a seat and blocks, or nobody is left who has to give up his."""

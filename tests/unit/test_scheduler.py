@@ -376,13 +376,15 @@ def test_others_do_not_make_way_for_it_nor_is_it_overtaken_by_its_like() -> None
     assert [client.message.id for client in sim.ended] == [running, live, *waiting]
 
 
-def test_its_prompts_get_a_small_part_of_a_step_and_come_last() -> None:
+def test_its_prompts_get_a_small_part_of_a_step_and_it_rests_while_others_compute_theirs() -> None:
     sim = Simulation(budget=16, ageing_steps=1)
     line = sim.add(prompt(20, 1), params(2), priority=BACKGROUND)
     assert counts(sim.schedule()) == {line: 2}
     sim.update()
     live = sim.add(prompt(15, 2), params(2))
-    assert counts(sim.schedule()) == {live: 15, line: 1}
+    assert counts(sim.schedule()) == {live: 15}
+    sim.update()
+    assert counts(sim.schedule()) == {live: 1, line: 2}
     sim.drain()
 
 

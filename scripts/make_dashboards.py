@@ -158,6 +158,9 @@ REQUESTS = [
         unit="reqps",
     ),
     Panel(title="HTTP answers / s, by route", shows={"{{route}}": rate("http_requests", "route")}, unit="reqps"),
+    Panel(
+        title="Lines of batches / s", shows={"{{outcome}}": rate("batch_lines", "outcome")}, unit="reqps", stacked=True
+    ),
     Panel(title="Calls / s, by key", shows={"{{key}}": rate("key_requests", "key")}, unit="reqps"),
     Panel(title="Tokens / s, by key", shows={"{{key}}, {{kind}}": rate("key_tokens", "key", "kind")}),
     Panel(

@@ -17,7 +17,10 @@ ADAM_BETAS = (0.9, 0.98)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Each of `(count, rows, columns)` with its singular values brought to about 1: five Newton-Schulz steps."""
+    """Each of `(count, rows, columns)` with its singular values brought to about 1: five Newton-Schulz steps.
+
+    In the dtype it is given: bfloat16 does, as the iteration pulls its own rounding back (Jordan et al., 2024).
+    """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -29,11 +32,12 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon:
-    """Momentum, orthogonalised; matrices of one shape are handled together."""
+    """Momentum, orthogonalised in `dtype`; matrices of one shape are handled together."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], rate: float) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], rate: float, dtype: torch.dtype) -> None:
         self._parameters = dict(parameters)
         self._rate = rate
+        self._dtype = dtype
         self._momenta = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
 
     def step(self, scale: float) -> None:
@@ -56,7 +60,8 @@ class Muon:
         parts = 3 if names[0].endswith("c_attn.weight") else 1  # query, key and value are three maps, not one
         outputs //= parts
         split = stacked.unflatten(2, (parts, outputs)).transpose(1, 2).flatten(0, 1)
-        updates = orthogonalise(split).unflatten(0, (len(names), parts)).transpose(1, 2).flatten(2)
+        directed = orthogonalise(split.to(self._dtype)).float()
+        updates = directed.unflatten(0, (len(names), parts)).transpose(1, 2).flatten(2)
         gain = max(1.0, outputs / inputs) ** 0.5
         for name, update in zip(names, updates, strict=True):
             self._parameters[name].mul_(1 - rate * MUON_DECAY).add_(update, alpha=-rate * gain)
@@ -107,11 +112,13 @@ class Adam:
 class Optimiser:
     """Both, as one: steps a network's parameters, and lists the state to keep."""
 
-    def __init__(self, network: nn.Module, muon_rate: float, adam_rate: float) -> None:
+    def __init__(
+        self, network: nn.Module, muon_rate: float, adam_rate: float, dtype: torch.dtype = torch.float32
+    ) -> None:
         self._network = network
         named = list(network.named_parameters())
         inner = {name for name, parameter in named if ".h." in name and parameter.dim() == 2}
-        self._muon = Muon(((name, parameter) for name, parameter in named if name in inner), muon_rate)
+        self._muon = Muon(((name, parameter) for name, parameter in named if name in inner), muon_rate, dtype)
         self._adam = Adam(((name, parameter) for name, parameter in named if name not in inner), adam_rate)
 
     def step(self, scale: float) -> None:

@@ -60,7 +60,7 @@ class Trainer:
         self.tokens = 0
         self.recipe = recipe
         self._valid = valid
-        self._optimiser = Optimiser(self.network, recipe.muon_rate, recipe.adam_rate)
+        self._optimiser = Optimiser(self.network, recipe.muon_rate, recipe.adam_rate, self._dtype)
         self._windows = Windows(train, config.n_positions, recipe.seed)
         counts = np.bincount(train, minlength=config.vocab_size)
         self._sampler = CandidateSampler(torch.from_numpy(counts), recipe.candidates)

@@ -156,10 +156,11 @@ def test_candidates_hold_every_target_and_honour_their_size(
     assert abs(len(drawn.ids) - expected) <= 1
 
 
-def test_orthogonalised_matrices_have_singular_values_about_one() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalised_matrices_have_singular_values_about_one(dtype: torch.dtype) -> None:
     matrices = torch.randn(3, 16, 48, generator=torch.Generator().manual_seed(0))
     for batch in (matrices, matrices.mT):
-        values = torch.linalg.svdvals(orthogonalise(batch))
+        values = torch.linalg.svdvals(orthogonalise(batch.to(dtype)).float())
         assert 0.3 < values.min() < values.max() < 1.4
 
 

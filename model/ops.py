@@ -33,6 +33,7 @@ class Ops(Protocol):
     """The operations GPT-2 needs, for one device and dtype."""
 
     kv_dtypes: tuple[torch.dtype, ...]  # what the KV cache may be of; the one to take first
+    weight_bytes: int  # of a linear layer's weight as it is kept
 
     def place(self, weight: Tensor) -> Tensor: ...
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear: ...
@@ -67,6 +68,7 @@ class TorchOps:
         self._device = device
         self._dtype = dtype
         self.kv_dtypes: tuple[torch.dtype, ...] = (dtype,)
+        self.weight_bytes = dtype.itemsize
 
     def place(self, weight: Tensor) -> Tensor:
         return weight.to(self._device, self._dtype).contiguous()

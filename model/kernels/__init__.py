@@ -275,6 +275,7 @@ class KernelOps:
         # Beside weights of fewer bits than 32, the cache keeps no more than 16.
         both = (torch.float32, torch.float16)
         self.kv_dtypes: tuple[torch.dtype, ...] = both if storage is Storage.FP32 else both[::-1]
+        self.weight_bytes = {Storage.FP32: 4, Storage.FP16: 2, Storage.INT8: 1}[storage]
 
     def place(self, weight: Tensor) -> Tensor:
         """A copy, never the checkpoint's own memory: a single tensor of it would keep the whole file mapped."""

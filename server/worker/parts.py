@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from model.runner import Runner
 from model.speculative import Drafter, DraftModel, PromptLookup
 from model.tokenizer import read_tokenizer
 from model.variants import Variants
-from model.weights import Progress, expected_shapes
+from model.weights import Progress
 from server.worker.block_pool import BlockPool
 from server.worker.memory import pool_size
 from server.worker.messages import Start
@@ -38,6 +37,7 @@ class Networks:
     kv_dtype: torch.dtype
     network: GPT2
     draft: GPT2 | None
+    draft_cost: float  # of one of the draft's steps, as a share of the network's: what it reads
     ops: Ops
     backend: str
 
@@ -51,15 +51,18 @@ def load_networks(start: Start, progress: Progress | None = None) -> Networks:
     torch.set_num_threads(start.threads)
     device = choose_device(start.device)
     dtype = choose_dtype(start.dtype, device)
-    formats = device, dtype, start.kernels, start.quantization
-    network, ops = load_model(Path(start.model), *formats, deterministic=start.deterministic, progress=progress)
-    draft: GPT2 | None = None
-    if start.draft_model:
-        draft, _ = load_model(Path(start.draft_model), *formats, deterministic=start.deterministic)
+    formats = device, dtype, start.kernels
+    exact = start.deterministic
+    network, ops = load_model(Path(start.model), *formats, start.quantization, deterministic=exact, progress=progress)
+    draft, cost = None, 0.0
+    if start.draft_model:  # its mistakes are found, so it is kept in the fewest bits there are
+        fewest = "int8" if isinstance(ops, KernelOps) else start.quantization
+        draft, its_ops = load_model(Path(start.draft_model), *formats, fewest, deterministic=exact)
+        cost = draft.config.parameters * its_ops.weight_bytes / (network.config.parameters * ops.weight_bytes)
     if isinstance(ops, KernelOps):  # they have threads of their own, with which PyTorch's would fight for the cores
         torch.set_num_threads(1)
     return Networks(
-        device, choose_kv_dtype(start.kv_cache_dtype, ops), network, draft, ops, f"{device}, {ops.describe()}"
+        device, choose_kv_dtype(start.kv_cache_dtype, ops), network, draft, cost, ops, f"{device}, {ops.describe()}"
     )
 
 
@@ -142,9 +145,7 @@ def make_scheduler(
 
 
 def make_speculation(start: Start, networks: Networks) -> SpeculationController | None:
-    """A drafter's step costs what it reads: its weights, next to the network's."""
-    weights = [sum(map(prod, expected_shapes(each.config).values())) for each in networks.all]
-    return SpeculationController(start.drafts, cost=sum(weights[1:]) / weights[0]) if start.drafts else None
+    return SpeculationController(start.drafts, cost=networks.draft_cost) if start.drafts else None
 
 
 def _vocabulary(directory: Path) -> Vocabulary:

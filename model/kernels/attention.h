@@ -95,9 +95,10 @@ INLINE void FN(mix)(const int mr, const int nv, const int half, float *out, cons
 #pragma GCC unroll 4
         for (int v = 0; v < nv; v++)
             acc[r][v] = FN(load)(out + r * KB + d + v * VL) * factor[r];
+    const int64_t size = half ? 2 : 4;
     for (int64_t i = 0; i < count; i += GROUP)
         FN(multiply)(mr, nv, half, acc, weights + i, SPAN, groups[i / GROUP].values + at, dim, MIN(GROUP, count - i),
-                     ahead[i / GROUP].values + at);
+                     ahead[i / GROUP].values + at, dim * size, (int)DIV_UP(nv * VL * size, LINE));
 #pragma GCC unroll 12
     for (int r = 0; r < mr; r++)
 #pragma GCC unroll 4
@@ -151,7 +152,8 @@ INLINE void FN(attend)(const int mr, const int half, const struct attention_call
             vf acc[TILE_ROWS][4] = {0};
             groups[i / GROUP] =
                 FN(find_group)(kv, table, head, start + i, MIN(GROUP, count - i), room[i / GROUP]);
-            FN(multiply)(mr, GROUP / VL, half, acc, query, KB, groups[i / GROUP].keys, GROUP, dim, ahead[i / GROUP].keys);
+            FN(multiply)(mr, GROUP / VL, half, acc, query, KB, groups[i / GROUP].keys, GROUP, dim, ahead[i / GROUP].keys,
+                         GROUP * (half ? 2 : 4), 1);
 #pragma GCC unroll 12
             for (int r = 0; r < mr; r++)
 #pragma GCC unroll 4

@@ -40,7 +40,8 @@
  *
  * A job is a number of items that threads take one by one. The caller takes items too, and when there are none left it
  * shuts the gate and waits for those inside: never for a thread that has not come in. So a helper that the system does
- * not run just now costs nothing, and on a busy machine a step is never slower than on one thread by more than an item. */
+ * not run just now costs nothing, and on a busy machine a step is never slower than on one thread by more than two items: a
+ * linear layer takes the next one early, to fetch its weights. */
 
 enum { MAX_THREADS = 256, SPINS = 4000, SPINS_AT_GATE = 20000 };
 #define GATE_JOB (1ull << 32)  /* the gate's high half numbers the job, */

@@ -19,6 +19,7 @@ enum { KB = 256 };          /* columns of x packed together; also the largest he
 enum { GROUP = 16 };        /* positions of a key group */
 enum { SPAN = 64 };         /* positions of one softmax step, aligned to position 0 whatever the chunk */
 enum { MAX_PANEL = 32 };
+enum { LINE = 64 };         /* bytes of a cache line */
 
 enum kind { KIND_F32, KIND_F16, KIND_I8 };
 enum activation { ACT_NONE, ACT_GELU_TANH, ACT_GELU_ERF, ACT_RELU, ACT_SILU };
@@ -56,6 +57,13 @@ struct quantised {
     uint8_t *values; /* (groups, rows of a tile, KB) */
     float *scale;    /* (groups, rows of a tile) */
     int32_t *zero;
+};
+
+/* The panel that a thread takes next, of which each tile of this one fetches its part: evenly, as memory and arithmetic keep
+ * each other waiting otherwise. panel: NULL where there is nothing to fetch. */
+struct next_panel {
+    const char *panel;
+    int64_t part, parts;
 };
 
 struct pack_call {

@@ -1,13 +1,27 @@
 /* Linear layers. Part of ops.h. */
 
-/* out: (mr, PANEL) = x w. x: one packed tile whose groups are `height` rows apart; w: one panel. */
-INLINE void FN(tile_float)(const int mr, const int half, float *out, const float *x, int height, const void *w, int64_t in)
+/* Where a tile begins to fetch its part of the next panel, or NULL. It goes on by `bytes / next.parts` for each `bytes` of its
+ * own panel; where it has no other tile to share with, that is more than one line at a time. */
+INLINE const char *FN(ahead)(const struct next_panel *next, int64_t panel_bytes)
 {
+    return next->panel ? next->panel + next->part * (panel_bytes / next->parts) : NULL;
+}
+
+INLINE int FN(lines_ahead)(const struct next_panel *next, int64_t bytes) { return (int)DIV_UP(bytes / next->parts, LINE); }
+
+/* out: (mr, PANEL) = x w. x: one packed tile whose groups are `height` rows apart; w: one panel. */
+INLINE void FN(tile_float)(const int mr, const int half, float *out, const float *x, int height, const char *w, int64_t in,
+                           const struct next_panel *next)
+{
+    const int64_t bytes = PANEL * (half ? 2 : 4);
+    const char *ahead = FN(ahead)(next, in * bytes);
     vf acc[TILE_ROWS][4] = {0};
     for (int64_t k = 0; k < in; k += KB) {
-        FN(multiply)(mr, 2, half, acc, x, KB, w, PANEL, MIN(KB, in - k), NULL);
+        const int64_t n = MIN(KB, in - k);
+        FN(multiply)(mr, 2, half, acc, x, KB, w, PANEL, n, ahead, bytes / next->parts, FN(lines_ahead)(next, bytes));
         x += height * KB;
-        w = (const char *)w + KB * PANEL * (half ? 2 : 4);
+        w += n * bytes;
+        ahead = ahead ? ahead + n * (bytes / next->parts) : NULL;
     }
 #pragma GCC unroll 12
     for (int r = 0; r < mr; r++) {
@@ -16,24 +30,29 @@ INLINE void FN(tile_float)(const int mr, const int half, float *out, const float
     }
 }
 
-static void FN(tile_f32)(int rows, float *out, const float *x, int height, const void *w, int64_t in)
+static void FN(tile_f32)(int rows, float *out, const float *x, int height, const char *w, int64_t in,
+                         const struct next_panel *next)
 {
-#define CALL(n) FN(tile_float)(n, 0, out, x, height, w, in)
+#define CALL(n) FN(tile_float)(n, 0, out, x, height, w, in, next)
     WITH_ROWS(rows, CALL)
 #undef CALL
 }
 
-static void FN(tile_f16)(int rows, float *out, const float *x, int height, const void *w, int64_t in)
+static void FN(tile_f16)(int rows, float *out, const float *x, int height, const char *w, int64_t in,
+                         const struct next_panel *next)
 {
-#define CALL(n) FN(tile_float)(n, 1, out, x, height, w, in)
+#define CALL(n) FN(tile_float)(n, 1, out, x, height, w, in, next)
     WITH_ROWS(rows, CALL)
 #undef CALL
 }
 
 /* The same for int8. scale and zero: (groups, height) of this tile. out is still to be scaled by the weights' scales. */
-INLINE void FN(tile_int8)(const int mr, float *out, const struct quantised *x, int height, const char *w, int64_t in)
+INLINE void FN(tile_int8)(const int mr, float *out, const struct quantised *x, int height, const char *w, int64_t in,
+                          const struct next_panel *next)
 {
     const uint8_t *q = x->values;
+    const char *ahead = FN(ahead)(next, ROUND_UP(in, 4) * PANEL);
+    const int lines = FN(lines_ahead)(next, PANEL * 4);
     vf total[TILE_ROWS][2] = {0};
     for (int64_t k = 0, g = 0; k < in; k += KB, g += height, q += height * KB) {
         vi acc[TILE_ROWS][2];
@@ -44,6 +63,9 @@ INLINE void FN(tile_int8)(const int mr, float *out, const struct quantised *x, i
         w += PANEL * 4;
         for (int64_t i = 0; i < MIN(KB, in - k); i += 4, w += PANEL * 4) {
             const vi w0 = *(const FN(viu) *)w, w1 = *(const FN(viu) *)(w + VL * 4);
+            for (int line = 0; ahead && line < lines; line++)
+                __builtin_prefetch(ahead + line * LINE, 0, 2);
+            ahead = ahead ? ahead + PANEL * 4 / next->parts : NULL;
 #pragma GCC unroll 12
             for (int r = 0; r < mr; r++) {
                 int32_t four;
@@ -67,9 +89,10 @@ INLINE void FN(tile_int8)(const int mr, float *out, const struct quantised *x, i
     }
 }
 
-static void FN(tile_i8)(int rows, float *out, const struct quantised *x, int height, const void *w, int64_t in)
+static void FN(tile_i8)(int rows, float *out, const struct quantised *x, int height, const char *w, int64_t in,
+                        const struct next_panel *next)
 {
-#define CALL(n) FN(tile_int8)(n, out, x, height, w, in)
+#define CALL(n) FN(tile_int8)(n, out, x, height, w, in, next)
     WITH_ROWS(rows, CALL)
 #undef CALL
 }
@@ -160,18 +183,21 @@ static void FN(linear)(const void *call, const struct batch *b)
     /* An item is one panel and a run of tiles: long, but enough of them for every thread. */
     const int64_t runs = MIN(tiles, DIV_UP(4 * pool_threads(), panels)), run = DIV_UP(tiles, runs);
     const size_t bytes = panel_bytes(w, PANEL);
-    for (int64_t item; (item = next_item()) < panels * runs;) {
-        const int64_t panel = item / runs, from = item % runs * run;
+    for (int64_t item = next_item(), after; item < panels * runs; item = after) {
+        const int64_t panel = item / runs, from = item % runs * run, end = MIN(DIV_UP(b->rows, height), from + run);
         const char *weights = (const char *)w->panels + panel * bytes;
-        for (int64_t tile = from; tile < MIN(DIV_UP(b->rows, height), from + run); tile++) {
+        after = next_item();
+        const int another = after < panels * runs && after / runs != panel;
+        struct next_panel next = {another ? (const char *)w->panels + after / runs * bytes : NULL, 0, MAX(1, end - from)};
+        for (int64_t tile = from; tile < end; tile++, next.part++) {
             float acc[TILE_ROWS * PANEL];
             const int rows = (int)MIN(height, b->rows - tile * height);
             const float *x = as_is ? c->x : (const float *)b->packed + tile * height * groups * KB;
             const struct quantised q = FN(tile_of)(b, tile, height, groups);
             switch (w->kind) {
-            case KIND_F32: FN(tile_f32)(rows, acc, x, height, weights, w->in); break;
-            case KIND_F16: FN(tile_f16)(rows, acc, x, height, weights, w->in); break;
-            default: FN(tile_i8)(rows, acc, &q, height, weights, w->in);
+            case KIND_F32: FN(tile_f32)(rows, acc, x, height, weights, w->in, &next); break;
+            case KIND_F16: FN(tile_f16)(rows, acc, x, height, weights, w->in, &next); break;
+            default: FN(tile_i8)(rows, acc, &q, height, weights, w->in, &next);
             }
             FN(finish)(c, acc, tile * height, rows, panel * PANEL);
         }

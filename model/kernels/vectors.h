@@ -165,16 +165,15 @@ INLINE vf FN(activate)(vf x, int act)
 }
 
 /* === The one loop that costs: acc[r][v] += sum over i < k of x[r * ldx + i] * w[i * ldw + v * VL] ===
- * mr, nv and half are constants wherever it is inlined, so acc lives in registers. `ahead`, unless NULL, is laid out as w
- * is and will be wanted soon. */
+ * mr, nv and half are constants wherever it is inlined, so acc lives in registers. `ahead`, unless NULL, will be wanted soon:
+ * for each i, `lines` cache lines of it, `stride` bytes further each time. */
 INLINE void FN(multiply)(const int mr, const int nv, const int half, vf (*acc)[4], const float *x, int ldx, const void *w,
-                         int64_t ldw, int64_t k, const char *ahead)
+                         int64_t ldw, int64_t k, const char *ahead, int64_t stride, int lines)
 {
-    const int64_t size = half ? 2 : 4;
     for (int64_t i = 0; i < k; i++) {
         vf wv[4];
-        for (int64_t line = 0; ahead && line < nv * VL * size; line += 64)
-            __builtin_prefetch(ahead + i * ldw * size + line, 0, 2);
+        for (int line = 0; ahead && line < lines; line++)
+            __builtin_prefetch(ahead + i * stride + line * LINE, 0, 2);
 #pragma GCC unroll 4
         for (int v = 0; v < nv; v++)
             wv[v] = half ? FN(load_half)((const uint16_t *)w + i * ldw + v * VL)

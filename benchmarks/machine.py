@@ -20,5 +20,5 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def resident_mib(process: psutil.Process) -> float:
-    """Of a process and all its children."""
-    return sum(each.memory_info().rss for each in family(process)) / (1 << 20)
+    """Of a process and all its children, a page that several share counted once."""
+    return sum(each.memory_full_info().pss for each in family(process)) / (1 << 20)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20
+CHUNK = 32 << 20
+CACHE_LINE = 64
 
 
 def huge_zeros(size: int) -> Tensor:
@@ -21,6 +23,22 @@ def huge_zeros(size: int) -> Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
     return whole[start : start + size]
+
+
+class HugePages:
+    """Zeros, many arrays to a mapping: one for each would waste half a huge page at its end."""
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)  # of the latest mapping
+
+    def zeros(self, size: int) -> Tensor:
+        """(size,) uint8, on a cache line of its own. A mapping lives as long as any of its arrays."""
+        if size > CHUNK:
+            return huge_zeros(size)
+        if size > len(self._rest):
+            self._rest = huge_zeros(CHUNK)
+        taken, self._rest = self._rest[:size], self._rest[-(-size // CACHE_LINE) * CACHE_LINE :]
+        return taken
 
 
 def give_back() -> None:

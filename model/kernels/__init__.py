@@ -22,7 +22,7 @@ from model.batch import Batch
 from model.config import Activation
 from model.kernels import structs
 from model.kv_cache import KVCache, LayerCache
-from model.memory import huge_zeros
+from model.memory import HugePages
 from model.scores import Scores
 
 PADDING = 32  # MAX_PANEL in kernels.h
@@ -59,6 +59,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, level: int) -> None:
         self._library = library
         self.level = level
+        self.memory = HugePages()  # of packed weights
 
     def set_threads(self, threads: int) -> int:
         """Threads of every later call, the calling one among them. Returns how many there are."""
@@ -185,7 +186,7 @@ class PackedLinear:
             self._edges[0, : self.outputs] = bias
         edges = [edge.data_ptr() for edge in self._edges]
         self._linear = structs.Linear(self.inputs, self.outputs, storage, None, *edges)
-        self._panels = huge_zeros(kernels.panels_bytes(self._linear))
+        self._panels = kernels.memory.zeros(kernels.panels_bytes(self._linear))
         self._linear.panels = self._panels.data_ptr()
         call = structs.PackCall(ctypes.pointer(self._linear), weight.data_ptr(), *weight.stride())
         kernels.run_one(structs.Op.PACK, call, structs.BatchStruct())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +22,7 @@ def test_arrays_lie_apart_on_cache_lines_of_their_own(sizes: list[int]) -> None:
     places = sorted((array.data_ptr(), len(array)) for array in arrays)
     assert [len(array) for array in arrays] == sizes
     assert all(start % CACHE_LINE == 0 for start, _ in places)
-    assert all(start + size <= after for (start, size), (after, _) in zip(places, places[1:], strict=False))
+    assert all(start + size <= after for (start, size), (after, _) in pairwise(places))
 
 
 def test_small_arrays_share_their_pages() -> None:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Programs that tests drive and pip cannot bring. A test whose program is missing skips and says so.
 missing=""
-for tool in chromium curl prometheus haproxy; do
+for tool in chromium curl prometheus haproxy docker-compose zsh fish; do
     command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
 done
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"

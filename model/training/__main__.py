@@ -1,4 +1,4 @@
-"""Trains a GPT-2 from nothing on a directory of text."""
+"""Trains a GPT-2 on a directory of text, from nothing or on from weights it has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from model.config import Activation, ModelConfig
+from model.config import Activation, ModelConfig, read_config
 from model.tokenizer import read_tokenizer
 from model.training.data import tokenise
 from model.training.log import Log
@@ -26,6 +26,9 @@ name begins with "valid" is measured on and never trained on. OUT receives the m
 vocab.json, merges.txt: a Hugging Face GPT-2), log.csv, and state.safetensors, from which the same command resumes
 after any kind of death. The length of a run is given as --minutes, which follows the machine's speed, or as --steps,
 which ends with the same weights however often it is interrupted.
+
+With --from, training goes on from a finished model: its shape and weights are taken, its optimiser starts anew, the
+learning rates warm up and decay once more, and --seen says from where in the text to go on.
 """
 
 
@@ -45,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     shape.add_argument("--width", type=int, default=128, metavar="N", help="of the residual stream (%(default)s)")
     shape.add_argument("--heads", type=int, default=4, metavar="N", help="of attention, in each block (%(default)s)")
     shape.add_argument("--context", type=int, default=1024, metavar="N", help="positions (%(default)s)")
+    shape.add_argument("--from", dest="begin", type=Path, metavar="MODEL", help="go on from this model, in its shape")
+    shape.add_argument("--seen", type=int, default=0, metavar="TOKENS", help="that it has been trained on (%(default)s)")
     length = parser.add_argument_group("length").add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, metavar="N", help="train for this long, pauses not counted")
     length.add_argument("--steps", type=int, metavar="N", help="train for this many batches")
@@ -71,13 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train, valid = (tokenise(files, tokenizer, args.out / "tokens") for files in corpus_files(args.corpus))
     timed = args.minutes is not None
     progress = Progress(args.minutes * 60, cap=STEP_SECONDS_CAP) if timed else Progress(args.steps, cap=1.0)
-    trainer = Trainer(model_config(args), recipe(args), train, valid, progress)
+    config = read_config(args.begin) if args.begin else model_config(args)
+    trainer = Trainer(config, recipe(args), train, valid, progress)
     if (args.out / STATE).exists():
         trainer.resume(args.out)
+    elif args.begin:
+        trainer.begin_from(args.begin, args.seen)
     print(
         f"{trainer.network.config.parameters:,} parameters, {len(train):,} tokens, from step {trainer.step}", flush=True
     )
-    with Log(args.out / "log.csv", trainer.step) as log:
+    with Log(args.out / "log.csv", trainer.step, trainer.tokens) as log:
         run(trainer, args.out, log, timed=timed, save_every=args.save_every)
 
 

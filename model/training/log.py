@@ -14,7 +14,7 @@ COLUMNS = ("step", "tokens", "done", "loss", "valid_loss", "tokens_per_second")
 @dataclass(frozen=True, slots=True)
 class Row:
     step: int
-    tokens: int  # since the beginning of the run
+    tokens: int  # seen by the weights
     done: float  # progress, in its unit
     loss: float  # nats a token, of this step's batch before its update
     valid_loss: float | None
@@ -24,9 +24,9 @@ class Row:
 class Log:
     """Appends rows; on a resume, rows of steps after the checkpoint are dropped first, for they will be run again."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, tokens: int = 0) -> None:
         kept = [row for row in read_log(path) if int(row["step"]) <= step] if path.exists() else []
-        self._tokens = int(kept[-1]["tokens"]) if kept else 0
+        self._tokens = int(kept[-1]["tokens"]) if kept else tokens
         self._file = path.open("w", newline="", buffering=1, encoding="utf-8")
         self._writer = csv.writer(self._file)
         self._writer.writerow(COLUMNS)

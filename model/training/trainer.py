@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.training.checkpoint import export, load_state, save_state
+from model.training.checkpoint import export, load_network, load_state, save_state
 from model.training.data import Batch, TokenArray, Windows
 from model.training.log import Log, Row
 from model.training.loss import CandidateSampler, linear_cross_entropy
@@ -108,6 +108,14 @@ class Trainer:
     def resume(self, out: Path) -> None:
         state = load_state(out / STATE, self._tensors())
         self.step, self.tokens, self.progress.done = state["step"], state["tokens"], state["done"]
+
+    def begin_from(self, checkpoint: Path, tokens: int) -> None:
+        """Takes the weights of a model of this shape that has seen `tokens`; the text goes on where it stopped.
+
+        Raises ConfigError or WeightsError.
+        """
+        self.network.load_state_dict(load_network(checkpoint).state_dict())
+        self.tokens = tokens
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.network.state_dict(), **self._optimiser.tensors()}

@@ -48,6 +48,11 @@ def trainer() -> Trainer:
     return Trainer(config(), RECIPE, text(), text()[:200], Progress(total=STEPS, cap=1))
 
 
+def made(out: Path) -> Trainer:
+    out.mkdir(exist_ok=True)
+    return trainer()
+
+
 def run_to_end(trainer: Trainer, out: Path) -> bytes:
     with Log(out / "log.csv", trainer.step) as log:
         run(trainer, out, log, timed=False, save_every=0.0)
@@ -81,6 +86,29 @@ def test_another_networks_state_is_refused(tmp_path: Path) -> None:
     for other in (config(n_layer=1), config(n_embd=32)):
         with pytest.raises(ValueError, match=STATE):
             Trainer(other, RECIPE, text(), text(), Progress(total=1, cap=1)).resume(tmp_path)
+
+
+def test_a_run_from_a_model_has_its_weights_goes_on_in_the_text_and_is_resumed_as_any(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    run_to_end(made(base), base)
+
+    first = made(out)
+    first.begin_from(base, tokens=STEPS * RECIPE.batch_tokens)
+    stored = load_file(base / "model.safetensors")
+    assert all(first.network.state_dict()[name].equal(tensor.float()) for name, tensor in stored.items())
+    assert first.tokens == 768
+    first.train_step()
+    first.save(out)
+    second = made(out)
+    second.resume(out)
+    assert (second.step, second.tokens) == (1, 832)
+
+
+def test_a_run_from_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
+    made(tmp_path).save(tmp_path)
+    other = Trainer(config(n_layer=1), RECIPE, text(), text(), Progress(total=1, cap=1))
+    with pytest.raises(RuntimeError, match="transformer.h.1"):
+        other.begin_from(tmp_path, 0)
 
 
 def test_a_timed_run_credits_the_clock_and_stops(tmp_path: Path) -> None:

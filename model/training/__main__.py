@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     shape.add_argument("--heads", type=int, default=4, metavar="N", help="of attention, in each block (%(default)s)")
     shape.add_argument("--context", type=int, default=1024, metavar="N", help="positions (%(default)s)")
     shape.add_argument("--from", dest="begin", type=Path, metavar="MODEL", help="go on from this model, in its shape")
-    shape.add_argument("--seen", type=int, default=0, metavar="TOKENS", help="that it has been trained on (%(default)s)")
+    shape.add_argument("--seen", type=int, default=0, metavar="N", help="tokens that it has been trained on")
     length = parser.add_argument_group("length").add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, metavar="N", help="train for this long, pauses not counted")
     length.add_argument("--steps", type=int, metavar="N", help="train for this many batches")

@@ -107,7 +107,7 @@ def test_a_run_from_a_model_has_its_weights_goes_on_in_the_text_and_is_resumed_a
 def test_a_run_from_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
     made(tmp_path).save(tmp_path)
     other = Trainer(config(n_layer=1), RECIPE, text(), text(), Progress(total=1, cap=1))
-    with pytest.raises(RuntimeError, match="transformer.h.1"):
+    with pytest.raises(RuntimeError, match=r"transformer\.h\.1"):
         other.begin_from(tmp_path, 0)
 
 

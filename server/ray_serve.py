@@ -70,28 +70,36 @@ class PrefixAffinity(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        call = pending_request.args[0] if pending_request is not None and pending_request.args else None
-        if not candidate_replicas or not isinstance(call, Call):
+        digests = _asked(pending_request)
+        if not candidate_replicas or digests is None:
             return [candidate_replicas]
         loads = {each.replica_id: self.replica_queue_len_cache.get(each.replica_id) or 0 for each in candidate_replicas}
         idlest = min(loads.values())
         able = [each for each in candidate_replicas if loads[each.replica_id] - idlest < CROWD]
         random.shuffle(able)  # equals take turns
-        best = min(able, key=lambda each: (-self._held(each, call), loads[each.replica_id]))
+        best = min(able, key=lambda each: (-self._held(each, digests), loads[each.replica_id]))
         return [[best], [each for each in candidate_replicas if each is not best]]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
-        call = pending_request.args[0] if pending_request.args else None
-        if isinstance(call, Call):
-            self._records.setdefault(replica_id, PrefixRecord(RECORD_SIZE)).add(call.digests)
+        if (digests := _asked(pending_request)) is not None:
+            self._records.setdefault(replica_id, PrefixRecord(RECORD_SIZE)).add(digests)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         super().on_replica_actor_died(replica_id)
         self._records.pop(replica_id, None)
 
-    def _held(self, replica: RunningReplica, call: Call) -> int:
+    def _held(self, replica: RunningReplica, digests: list[bytes]) -> int:
         record = self._records.get(replica.replica_id)
-        return 0 if record is None else record.held(call.digests)
+        return 0 if record is None else record.held(digests)
+
+
+def _asked(request: PendingRequest | None) -> list[bytes] | None:
+    """Digests of the call that waits for a replica; None where there is no call.
+
+    By the attribute and not the class: Ray sends the router's module by value, so here `Call` is not the front's.
+    """
+    digests: list[bytes] | None = getattr(request.args[0], "digests", None) if request and request.args else None
+    return digests
 
 
 @serve.deployment(

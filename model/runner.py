@@ -6,6 +6,8 @@ priorities, or which blocks are free.
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,9 @@ class Runner:
 
     def compute(self, plan: StepPlan) -> StepResult:
         """The rest of a step, once its rows are prepared."""
+        began = time.perf_counter()
         guesses = self._guesses(plan)
+        drafting = time.perf_counter() - began
         spans = [
             Span(self.rows[chunk.id], chunk.start, chunk.count + len(guessed))
             for chunk, guessed in zip(plan.chunks, guesses, strict=True)
@@ -82,7 +86,13 @@ class Runner:
         pieces = self._forward(spans)  # (span.count, n_embd) each
         scored = self._score_prompts(plan, pieces)
         drafted = {chunk.id: len(guessed) for chunk, guessed in zip(plan.chunks, guesses, strict=True) if guessed}
-        return StepResult(self._sample(plan, pieces, guesses), scored, drafted, self._pool(plan, pieces))
+        return StepResult(
+            sampled=self._sample(plan, pieces, guesses),
+            prompt_logprobs=scored,
+            drafted=drafted,
+            drafting=drafting,
+            pooled=self._pool(plan, pieces),
+        )
 
     def _matcher(self, new: NewSequence) -> Matcher | None:
         if new.params.grammar is None:

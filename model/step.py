@@ -98,6 +98,7 @@ class StepResult:
     sampled: list[SampledToken] = field(default_factory=list)  # in the order of the chunks that sample
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     drafted: dict[int, int] = field(default_factory=dict)  # guesses made for a sequence, if any
+    drafting: float = 0.0  # seconds that making them took
     pooled: dict[int, bytes] = field(default_factory=dict)  # (n_embd,) float32, little-endian, by sequence
 
 

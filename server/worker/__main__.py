@@ -193,7 +193,9 @@ class Worker:
         plan, result, seconds = landed.plan, landed.result, landed.run + landed.update
         rows = plan.tokens + sum(result.drafted.values())
         if self._speculation is not None and plan.decodes:
-            self._speculation.observe(rows, seconds)
+            self._speculation.observe(rows, seconds - result.drafting)
+            if result.drafted:
+                self._speculation.drafted(max(result.drafted.values()), len(plan.chunks), result.drafting)
         if self._budget is not None:
             least = self._scheduler.num_running + PREFILL_LEAST
             self._scheduler.token_budget = max(self._budget.observe(rows, seconds), least)

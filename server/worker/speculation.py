@@ -17,7 +17,7 @@ WORTH = 1.02  # a length must promise this much more than a shorter one: what is
 
 class SpeculationController:
     def __init__(self, most: int, cost: float) -> None:
-        """most: the longest run of guesses. cost: of a drafter's step, as a share of the network's."""
+        """most: the longest run of guesses. cost: of a drafter's step, as a share of the network's, until it is seen."""
         if most < 1 or cost < 0:
             raise ValueError("at least one guess, at a cost of at least 0")
         self._most = most
@@ -26,7 +26,10 @@ class SpeculationController:
         self._lengths: dict[tuple[int, int], int] = {}  # what was worked out since the last step
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Take in one step of decoding: known tokens and guesses alike are rows. A prompt's rows cost less."""
+        """Take in one step of decoding, less what making its guesses took.
+
+        Known tokens and guesses alike are rows. A prompt's rows cost less.
+        """
         size = rows.bit_length()
         mean_rows, mean_seconds = self._seen.get(size, (float(rows), seconds))
         self._seen[size] = (
@@ -34,6 +37,14 @@ class SpeculationController:
             mean_seconds + SMOOTHING * (seconds - mean_seconds),
         )
         self._lengths.clear()
+
+    def drafted(self, guesses: int, streams: int, seconds: float) -> None:
+        """Take in what making so many guesses, one after another, took for so many streams together."""
+        if len(self._seen) > 1:  # else nobody knows what share of a step that is
+            fixed, per_row = self._line()
+            share = seconds / (guesses * (fixed + per_row * streams))
+            self._cost += SMOOTHING * (share - self._cost)
+            self._lengths.clear()
 
     def length(self, acceptance: float, streams: int) -> int:
         """Guesses for a sequence of this acceptance, with so many streams in the step."""

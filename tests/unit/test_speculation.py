@@ -55,6 +55,25 @@ def test_a_dear_drafter_guesses_less_and_one_as_dear_as_the_network_never() -> N
     assert lengths[3] == 0
 
 
+def test_what_a_drafter_costs_is_measured() -> None:
+    made = controller(cost=0.8, fixed=20.0, per_row=1.0)  # it was thought to be dear
+    assert made.length(0.8, streams=1) == 0
+    for _ in range(30):
+        made.drafted(4, streams=1, seconds=4 * 2.1)  # and costs a tenth of a step
+    assert made.length(0.8, streams=1) == controller(cost=0.1, fixed=20.0, per_row=1.0).length(0.8, streams=1) > 2
+    for _ in range(30):
+        made.drafted(2, streams=4, seconds=2 * 24.0)
+    assert made.length(0.8, streams=1) == 0
+
+
+def test_what_a_drafter_costs_is_not_guessed_at_before_steps_of_two_sizes_were_seen() -> None:
+    made = SpeculationController(8, 0.1)
+    before = made.length(0.8, streams=1)
+    made.observe(1, 0.01)
+    made.drafted(4, streams=1, seconds=1.0)
+    assert made.length(0.8, streams=1) == before
+
+
 def test_before_anything_was_seen_a_lone_stream_may_try() -> None:
     made = SpeculationController(8, 0.0)
     assert made.length(FIRST_ACCEPTANCE, streams=1) > 0

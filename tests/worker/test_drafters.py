@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
 import hypothesis.strategies as st
 import numpy as np
+import torch
 from hypothesis import given
+from stepping import CPU, load
 
-from model.speculative import NGRAMS, NgramIndex
+from model.kv_cache import KVCache
+from model.row import Row
+from model.runner import Runner
+from model.sampling_params import SamplingParams
+from model.speculative import NGRAMS, NgramIndex, PromptLookup
+from model.step import NewSequence, ScheduledChunk, StepPlan
 
 
 def naive(tokens: list[int], count: int) -> list[int]:
@@ -34,3 +45,21 @@ def test_text_that_repeats_itself_goes_round() -> None:
 
 def test_of_text_that_never_repeats_there_is_no_guess() -> None:
     assert NgramIndex().continuation(np.arange(50), 5) == []
+
+
+class Slow(PromptLookup):
+    def draft(self, chunks: list[ScheduledChunk], rows: Mapping[int, Row]) -> list[list[int]]:
+        time.sleep(0.05)
+        return super().draft(chunks, rows)
+
+
+def test_a_step_says_how_long_its_guesses_took(tiny: Path) -> None:
+    """What verifying them costs is something else, and both decide how many pay."""
+    network = load(tiny)
+    cache = KVCache(network.config, 2, 16, torch.float32, CPU)
+    runner = Runner(network, cache, CPU, 32, drafter=Slow())
+    chunk = ScheduledChunk(id=1, start=0, count=6, first_block=0, blocks=[0], samples=True, drafts=3)
+    began = time.perf_counter()
+    result = runner.run(StepPlan([], [NewSequence(1, [1, 2, 3, 1, 2, 3], [], SamplingParams(seed=0))], [chunk]))
+    assert 0.05 <= result.drafting < time.perf_counter() - began
+    assert result.drafted == {1: 3}

@@ -17,7 +17,7 @@ WORTH = 1.02  # a length must promise this much more than a shorter one: what is
 
 class SpeculationController:
     def __init__(self, most: int, cost: float) -> None:
-        """most: the longest run of guesses. cost: of a drafter's step, as a share of the network's, until it is seen."""
+        """most: the longest run of guesses. cost: of a drafter's step, as a share of the network's, until seen."""
         if most < 1 or cost < 0:
             raise ValueError("at least one guess, at a cost of at least 0")
         self._most = most

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,3 +48,31 @@ def give_back() -> None:
     """What was freed goes back to the system, where the C library knows how: loading leaves hundreds of MB behind."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
+
+
+def give_back_code() -> None:
+    """Pages of libraries that only starting needed are let go; what is called again is mapped again from the file.
+
+    Of PyTorch's some 60 MB are touched on import, a fifth of which serving touches again.
+    """
+    if sys.platform == "linux" and hasattr(mmap, "MADV_DONTNEED"):
+        libc = ctypes.CDLL(None)
+        for start, end in _unwritten_code():
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def _unwritten_code() -> Iterator[tuple[int, int]]:
+    """Mappings of files that can be executed and not written, and that nothing was written to when they were linked.
+
+    Read from proc(5)'s smaps: `start-end mode offset device inode path`, then lines of `Name: value`.
+    """
+    start, end, mode, inode = "", "", "", ""
+    try:
+        lines = Path("/proc/self/smaps").read_text("utf-8", "replace").splitlines()
+    except OSError:  # there is no /proc in this box
+        return
+    for line in lines:
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+)", line):
+            start, end, mode, inode = found.groups()
+        elif line.split() == ["Private_Dirty:", "0", "kB"] and mode.startswith("r-x") and inode != "0":
+            yield int(start, 16), int(end, 16)

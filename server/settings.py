@@ -111,7 +111,7 @@ class Settings(BaseSettings):
         le=64,
     )
     max_num_seqs: int = _flag("engine", "sequences computed at once by a worker", 64, ge=1, le=4096)
-    max_num_batched_tokens: int = _flag("engine", "tokens computed in one step", 512, ge=16, le=65536)
+    max_num_batched_tokens: int = _flag("engine", "tokens computed in one step", 256, ge=16, le=65536)
     target_itl: float | None = _flag(
         "engine",
         "seconds between two tokens of a running stream, to which the tokens of a step adapt, "

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from model.errors import ModelError
 from model.gpu import cuda
+from model.memory import give_back_code
 from model.variants import Variants
 from server import logs
 from server.worker.budget import PREFILL_LEAST, BudgetController
@@ -78,6 +79,7 @@ class Worker:
         if self._budget is not None:
             self._scheduler.token_budget = self._budget.budget
         self._stopping = False
+        give_back_code()
         self._channel.send(
             Ready(
                 backend=networks.backend,

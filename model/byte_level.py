@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ class ByteLevelTokenizer:
         largest = max(*ranks.values(), *special.values())
         if largest >= vocab_size:
             raise TokenizerError(f"the vocabulary has token {largest}, the model's {vocab_size} embeddings do not")
-        self._encoding = tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+        self._ranks = ranks
+        self._special = special
         self._bytes: list[bytes] = [b""] * vocab_size  # ids the model has and the vocabulary lacks decode to nothing
         for token, id_ in ranks.items():
             self._bytes[id_] = token
@@ -47,6 +50,11 @@ class ByteLevelTokenizer:
         self.bos_token = self.unk_token = eos_token  # GPT-2 has one token for all of it
         self.eos_token_id = special[eos_token]
         self.vocab_size = vocab_size
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        """Some 25 MB, made for the first text: a process that turns ids into text alone does without."""
+        return tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=self._ranks, special_tokens=self._special)
 
     def encode(self, text: str) -> list[int]:
         """Raises UnicodeEncodeError for a lone surrogate; parsing keeps those out."""
@@ -105,7 +113,7 @@ def read_byte_level(directory: Path, vocab_size: int, eos_token_id: int) -> Byte
     """From vocab.json + merges.txt, or tokenizer.json. Raises TokenizerError."""
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         vocab = read_json(directory / "vocab.json")
-        merges = _read_merges(directory / "merges.txt")
+        merges: Iterable[tuple[str, str]] = _read_merges(directory / "merges.txt")
         special = {token: id_ for token, id_ in vocab.items() if id_ == eos_token_id}
     elif (directory / "tokenizer.json").is_file():
         vocab, merges, special = _read_tokenizer_json(directory / "tokenizer.json")
@@ -116,7 +124,7 @@ def read_byte_level(directory: Path, vocab_size: int, eos_token_id: int) -> Byte
     return ByteLevelTokenizer(_ranks(vocab, merges, special), special, eos_token, vocab_size)
 
 
-def _ranks(vocab: dict[str, int], merges: list[tuple[str, str]], special: dict[str, int]) -> dict[bytes, int]:
+def _ranks(vocab: dict[str, int], merges: Iterable[tuple[str, str]], special: dict[str, int]) -> dict[bytes, int]:
     """The vocabulary as bytes. tiktoken merges the pair of lowest id first, so ids must rise in merge order."""
     alphabet = _byte_alphabet()
     previous = -1
@@ -179,13 +187,15 @@ def _is_vocab(value: object) -> bool:
     )
 
 
-def _read_merges(path: Path) -> list[tuple[str, str]]:
-    lines = read_text(path).split("\n")
-    return [_pair(line) for line in lines if line and not line.startswith("#version")]
+def _read_merges(path: Path) -> Iterator[tuple[str, str]]:
+    """One by one: all of them are 10 MB that would stay with the process."""
+    for line in StringIO(read_text(path)):
+        if line.strip("\n") and not line.startswith("#version"):
+            yield _pair(line)
 
 
 def _pair(line: str) -> tuple[str, str]:
-    left, _, right = line.rstrip("\r").partition(" ")
+    left, _, right = line.rstrip("\r\n").partition(" ")
     if not left or not right or " " in right:
         raise TokenizerError("merges.txt: a line is not a pair of tokens")
     return left, right

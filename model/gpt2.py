@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.adapters import AdaptedRows, adapted_linear
@@ -57,16 +58,28 @@ class Layer:
         return adapted_linear((i, "mlp.c_proj"), self.mlp_out, wide, adapted, residual=hidden)
 
 
+UNLIKELY = -1e4  # the logit of a token that a short head does not know: finite, should nothing else be allowed
+
+
 class GPT2:
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], ops: Ops) -> None:
-        """weights: the tensors of `weights.expected_shapes`; `ops` places and packs them."""
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], ops: Ops, head_tokens: int | None = None
+    ) -> None:
+        """weights: the tensors of `weights.expected_shapes`; `ops` places and packs them.
+
+        head_tokens: how many ids the head knows, the first; None for all. For drafts: byte-level BPE numbers its
+        tokens as it made them, the frequent ones first, and the head is most of what a small network reads.
+        """
         self.config = config
         self._ops = ops
         self._layers = [_layer(config, weights, i, ops) for i in range(config.n_layer)]
         self._final_norm = _norm(config, weights, "ln_f", ops)
         tied = config.tie_word_embeddings
-        self._head = ops.linear(weights["wte.weight" if tied else "lm_head.weight"], None)
-        self._embed = ops.embedding(weights["wte.weight"], weights["wpe.weight"], self._head if tied else None)
+        head = weights["wte.weight" if tied else "lm_head.weight"]
+        self._head = ops.linear(head[:head_tokens], None)
+        shared = self._head if tied and head_tokens is None else None
+        self._embed = ops.embedding(weights["wte.weight"], weights["wpe.weight"], shared)
+        self._unknown = 0 if head_tokens is None else max(config.vocab_size - head_tokens, 0)
         self._fused: tuple[KVCache, Callable[[Batch], Tensor] | None] | None = None  # of the cache seen last
 
     def forward(self, batch: Batch, cache: KVCache, adapted: Sequence[AdaptedRows] = ()) -> Tensor:
@@ -94,7 +107,13 @@ class GPT2:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, n_embd) of `forward` to (rows, vocab) in fp32."""
-        return self._head(self._final_norm(hidden)).float()
+        logits = self._head(self._final_norm(hidden)).float()
+        return F.pad(logits, (0, self._unknown), value=UNLIKELY) if self._unknown else logits
+
+    @property
+    def parameters_read(self) -> int:
+        """About so many of its numbers are read in a step of one row."""
+        return self.config.parameters - self._unknown * self.config.n_embd
 
     def score(self, logits: Tensor, tokens: Tensor, tops: Sequence[int | None]) -> Scores:
         """As `model.scores.score`."""

@@ -28,19 +28,20 @@ LIMITS = LLParserLimits(
 COMPILED_MAX = 32
 
 
-class _Words:
+class _Words(TokenizerWrapper):
     """The vocabulary in the shape llguidance asks for."""
 
-    bos_token_id = None
-
     def __init__(self, tokenizer: Tokenizer) -> None:
+        """In place of the wrapper's own, which begins by encoding a text: some tokenizers get large by that."""
+        self.is_tokenizer_wrapper = True
+        self.bos_token_id = None
         self.eos_token_id = tokenizer.eos_token_id
         self.special_token_ids = sorted(tokenizer.special_ids)
         self.tokens = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
         self._encode = tokenizer.encode
 
-    def __call__(self, text: bytes) -> list[int]:
-        return self._encode(text.decode())
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
 
 
 class Matcher:
@@ -89,7 +90,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Takes some 200 ms: the vocabulary as a tree of bytes."""
         self._end = tokenizer.eos_token_id
-        self._tokenizer = LLTokenizer(TokenizerWrapper(_Words(tokenizer)))
+        self._tokenizer = LLTokenizer(_Words(tokenizer))
 
     def compile(self, grammar: str) -> Matcher:
         """grammar: what one of LLMatcher.grammar_from_* returns. Raises GrammarError."""

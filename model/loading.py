@@ -94,14 +94,15 @@ def load_model(
     quantization: str | None = None,
     *,
     deterministic: bool = False,
+    head_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[GPT2, Ops]:
-    """Raises ConfigError, WeightsError or DeviceError."""
+    """head_tokens: as GPT2's. Raises ConfigError, WeightsError or DeviceError."""
     config = read_config(directory)
     ops = choose_ops(device, dtype, kernels, quantization, deterministic=deterministic)
     try:
         with torch.inference_mode():
-            network = GPT2(config, read_weights(directory, config, progress), ops)
+            network = GPT2(config, read_weights(directory, config, progress), ops, head_tokens)
     except cuda.OutOfMemoryError as error:
         raise DeviceError(f"{cuda.describe(device)} has too little free memory for the weights") from error
     give_back()

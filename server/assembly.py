@@ -105,6 +105,7 @@ def assemble(settings: Settings) -> Backend:
     checkpoint = find_checkpoint(settings.model, settings.revision)
     config = read_config(checkpoint.directory)
     tokenizer = read_tokenizer(checkpoint.directory, config.vocab_size, config.eos_token_id)
+    tokenizer.encode("")  # what it needs for that is made now, and not while the first request waits
     max_model_len = _context(settings, config)
     served = _served_model(settings, checkpoint, max_model_len)
     metrics = Metrics(served.name, __version__, settings.workers)

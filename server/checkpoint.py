@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+import huggingface_hub as hub  # what is in it is imported where it is asked for: 10 MB that a directory does without
 
 import model
 from model.errors import ModelError
@@ -41,10 +40,10 @@ def find_checkpoint(model_argument: str | None, revision: str | None) -> Checkpo
 
 def _from_hub(repo: str, revision: str | None) -> Checkpoint:
     try:
-        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=FILES))
-    except HFValidationError:
+        directory = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=FILES))
+    except hub.errors.HFValidationError:
         raise ModelError(f"{repo!r} is neither a directory nor a Hugging Face id") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"{repo!r} is no directory, and the Hugging Face Hub did not give it ({_kind(error)})"
         ) from None

@@ -277,6 +277,8 @@ class Scheduler:
             if not chunk.samples or sequence.in_flight > 1 or sequence.params.grammar is not None:
                 continue
             known, table = len(sequence.tokens), sequence.block_table
+            if sequence.acceptance is None:
+                sequence.acceptance = speculation.first(greedy=sequence.params.greedy)
             wanted = speculation.length(sequence.acceptance, len(chunks))
             if wanted == 0:
                 sequence.acceptance = speculation.rested(sequence.acceptance)
@@ -322,12 +324,14 @@ class Scheduler:
     def _settle(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         """Guesses that were right are computed tokens now; the blocks that were lent to the others go back."""
         assert self._speculation is not None
+        assert sequence.acceptance is not None
         self.drafts += drafted > 0
         self.drafted += drafted
         self.accepted_at += [0] * (accepted - len(self.accepted_at))
         for place in range(accepted):
             self.accepted_at[place] += 1
-        sequence.acceptance = self._speculation.learned(sequence.acceptance, drafted, accepted)
+        before, greedy = sequence.acceptance, sequence.params.greedy
+        sequence.acceptance = self._speculation.learned(before, drafted, accepted, greedy=greedy)
         if sequence.status is Status.RUNNING:  # else its blocks are gone, and it computes these tokens again
             sequence.computed += accepted
             table = sequence.block_table

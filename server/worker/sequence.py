@@ -12,7 +12,6 @@ from model.sampling_params import SamplingParams
 from model.step import GrammarState
 from server.worker.block_pool import BlockKey, block_keys, root_digest
 from server.worker.messages import BACKGROUND, Add, FinishReason
-from server.worker.speculation import FIRST_ACCEPTANCE
 
 
 class Status(Enum):
@@ -44,7 +43,7 @@ class Sequence:
     registered: int = 0  # leading blocks known to the prefix index
     drafting: int = 0  # guesses that a plan in flight may add: until it is known which are right, nothing is planned
     borrowed: int = 0  # blocks at the end of the table that it holds for these guesses alone
-    acceptance: float = FIRST_ACCEPTANCE  # how likely a guess is right
+    acceptance: float | None = None  # how likely a guess is right; None before the first was thought of
     preemptions: int = 0
     scored: int = 0  # prompt positions before it need no logprobs row (any more)
     cached_tokens: int | None = None  # prompt tokens found cached at first admission; told once, then None

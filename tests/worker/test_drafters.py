@@ -8,11 +8,14 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from stepping import CPU, load
 
+from model.gpt2 import UNLIKELY
 from model.kv_cache import KVCache
+from model.loading import load_model
 from model.row import Row
 from model.runner import Runner
 from model.sampling_params import SamplingParams
@@ -63,3 +66,22 @@ def test_a_step_says_how_long_its_guesses_took(tiny: Path) -> None:
     result = runner.run(StepPlan([], [NewSequence(1, [1, 2, 3, 1, 2, 3], [], SamplingParams(seed=0))], [chunk]))
     assert 0.05 <= result.drafting < time.perf_counter() - began
     assert result.drafted == {1: 3}
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_a_short_head_knows_the_first_tokens_alone(tiny: Path, kernels: str) -> None:
+    whole = load(tiny, kernels)
+    short, _ = load_model(tiny, CPU, torch.float32, kernels, head_tokens=300)
+    hidden = torch.randn(3, whole.config.n_embd)
+    expected, got = whole.logits(hidden), short.logits(hidden)
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got[:, :300], expected[:, :300], rtol=0, atol=1e-5)
+    assert bool((got[:, 300:] == UNLIKELY).all())
+    assert whole.parameters_read - short.parameters_read == (whole.config.vocab_size - 300) * whole.config.n_embd
+
+
+def test_a_head_longer_than_the_vocabulary_is_whole(tiny: Path) -> None:
+    whole = load(tiny)
+    long, _ = load_model(tiny, CPU, torch.float32, head_tokens=whole.config.vocab_size + 1)
+    hidden = torch.randn(3, whole.config.n_embd)
+    assert long.logits(hidden).equal(whole.logits(hidden))

@@ -24,8 +24,10 @@ def test_a_killed_worker_changes_no_byte_of_them(tiny: Path) -> None:
     requests = [{"prompt": "a b c", "seed": i, "logprobs": 1, **fields} for i, fields in enumerate(REQUESTS)]
     with serving(tiny, "--threads", "1") as server, ThreadPoolExecutor(len(requests)) as pool:
         expected = [server.complete(**request)["choices"] for request in requests]
+        before = server.metrics()["gpt2_generation_tokens_total"]
         answers = [pool.submit(lambda request=request: server.complete(**request)["choices"]) for request in requests]
-        time.sleep(0.3)
+        while server.metrics()["gpt2_generation_tokens_total"] < before + 40:
+            time.sleep(0.005)
         assert not any(answer.done() for answer in answers), "too late to kill anything"
         os.kill(server.worker_pid, signal.SIGKILL)
         assert [answer.result() for answer in answers] == expected

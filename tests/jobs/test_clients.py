@@ -151,25 +151,11 @@ def harbour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
 @pytest.mark.parametrize("name", ["lora", "full", "output_layer", "distillation"])
 def test_the_default_model_learns_a_style(harbour: RunningServer, name: str) -> None:
     client = client_of(harbour)
-    train, valid = (
-        client.files.create(file=HARBOUR / f"{part}.jsonl", purpose="fine-tune").id for part in ("train", "valid")
-    )
-    method = METHODS[name] if name != "lora" else {"type": "supervised", "supervised": {}}
-    asked = {**method, method["type"]: {**method[method["type"]], "hyperparameters": {"n_epochs": 2}}}
-    job = client.fine_tuning.jobs.create(
-        model="davinci",
-        training_file=train,
-        validation_file=valid,
-        suffix=name,
-        seed=1,
-        method=asked,  # type: ignore[arg-type]
-    )
-    done = wait(client, job.id, 1000)
-    losses = measured(client, job.id)
+    done = learn(client, name)
+    losses = measured(client, done.id)
     print(json.dumps({"method": name, "seconds": done.finished_at - done.created_at, "valid_loss": losses}))
     assert losses[-1] < losses[0]
-    if name != "distillation":  # what it is taught is the teacher's style
-        assert losses[-1] < 3.0
+    assert losses[-1] < 3.0
     texts = [
         client.completions.create(
             model=str(done.fine_tuned_model), prompt="Harbour log, 9 May:", max_tokens=60, temperature=0.7, seed=seed
@@ -177,8 +163,26 @@ def test_the_default_model_learns_a_style(harbour: RunningServer, name: str) -> 
         for seed in range(4)
     ]  # fmt: skip
     print(json.dumps(texts))
-    if name in {"lora", "full"}:
+    if name != "output_layer":
         assert sum("Wind" in text for text in texts) >= 2
+
+
+def learn(client: openai.OpenAI, name: str) -> Any:
+    """Two times through the harbour's log, by this method; what is distilled is what has learnt it in full."""
+    train, valid = (
+        client.files.create(file=HARBOUR / f"{part}.jsonl", purpose="fine-tune").id for part in ("train", "valid")
+    )
+    method = METHODS[name] if name != "lora" else {"type": "supervised", "supervised": {}}
+    asked = {**method, method["type"]: {**method[method["type"]], "hyperparameters": {"n_epochs": 2}}}
+    job = client.fine_tuning.jobs.create(
+        model=str(learn(client, "full").fine_tuned_model) if name == "distillation" else "davinci",
+        training_file=train,
+        validation_file=valid,
+        suffix=name,
+        seed=1,
+        method=asked,  # type: ignore[arg-type]
+    )
+    return wait(client, job.id, 1000)
 
 
 @pytest.mark.slow

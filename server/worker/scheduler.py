@@ -31,9 +31,10 @@ from dataclasses import replace
 from itertools import pairwise
 from operator import attrgetter
 
-from model.step import NewSequence, PromptLogprobs, SampledToken, ScheduledChunk, StepPlan, StepResult
+from model.step import NewSequence, SampledToken, ScheduledChunk, StepPlan, StepResult
 from server.worker.block_pool import BlockPool
 from server.worker.messages import Add, FinishReason, SequenceOutput, Stats
+from server.worker.outputs import output, told, unseen
 from server.worker.sequence import Sequence, Status
 from server.worker.speculation import SpeculationController
 
@@ -305,16 +306,16 @@ class Scheduler:
             sequence = self._sequences.get(chunk.id)
             if sequence is None:
                 continue
-            rows = _unseen(sequence, scores.get(chunk.id))
+            rows = unseen(sequence, scores.get(chunk.id))
             if chunk.samples:
                 sequence.in_flight -= 1
                 if chunk.drafts:
                     self._settle(sequence, result.drafted.get(chunk.id, 0), len(sampled[chunk.id]) - 1)
-                outputs += _told(sequence, sampled[chunk.id], rows)
+                outputs += told(sequence, sampled[chunk.id], rows)
             elif not sequence.samples and chunk.start + chunk.count == sequence.prompt_length:
-                outputs.append(_output(sequence, None, rows, FinishReason.LENGTH, result.pooled.get(chunk.id)))
+                outputs.append(output(sequence, None, rows, FinishReason.LENGTH, result.pooled.get(chunk.id)))
             elif rows is not None:
-                outputs.append(_output(sequence, None, rows, None))
+                outputs.append(output(sequence, None, rows, None))
             else:
                 continue
             if outputs[-1].finish is not None:
@@ -387,43 +388,3 @@ class Scheduler:
 def _for_runner(sequence: Sequence) -> NewSequence:
     prompt, output = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
     return NewSequence(sequence.id, prompt, output, sequence.params, sequence.variant)
-
-
-def _told(sequence: Sequence, samples: list[SampledToken], rows: PromptLogprobs | None) -> list[SequenceOutput]:
-    """Append a step's tokens, up to the one that ends the sequence, if any does."""
-    outputs: list[SequenceOutput] = []
-    for sample in samples:
-        outputs.append(_output(sequence, sample, rows, sequence.append(sample.token, sample.grammar)))
-        rows = None
-        if outputs[-1].finish is not None:
-            break
-    return outputs
-
-
-def _output(
-    sequence: Sequence,
-    sample: SampledToken | None,
-    rows: PromptLogprobs | None,
-    finish: FinishReason | None,
-    pooled: bytes | None = None,
-) -> SequenceOutput:
-    cached_tokens, sequence.cached_tokens = sequence.cached_tokens, None
-    return SequenceOutput(
-        id=sequence.id,
-        token=None if sample is None else sample.token,
-        logprobs=None if sample is None else sample.logprobs,
-        prompt_logprobs=rows,
-        pooled=pooled,
-        finish=finish,
-        stop_token=sequence.stop_token if finish is FinishReason.STOP else None,
-        cached_tokens=cached_tokens,
-    )
-
-
-def _unseen(sequence: Sequence, scores: PromptLogprobs | None) -> PromptLogprobs | None:
-    """The rows of a prompt that were not delivered before a preemption."""
-    if scores is None or scores.start + len(scores.rows) <= sequence.scored:
-        return None
-    rows = scores.rows[sequence.scored - scores.start :]
-    start, sequence.scored = sequence.scored, sequence.scored + len(rows)
-    return PromptLogprobs(sequence.id, start, rows)

@@ -113,7 +113,7 @@ def test_acceptance_follows_what_came_of_guesses() -> None:
     assert bad < 0.05
     assert made.learned(0.5, 0, 0, greedy=True) == 0.5  # nothing was guessed, nothing learned
     assert made.learned(0.5, 4, 2, greedy=True) > made.learned(0.5, 4, 1, greedy=True)
-    for _ in range(200):
+    for _ in range(800):
         bad = made.rested(bad)
     assert bad == pytest.approx(HOPE, abs=0.05)  # it may try again
 

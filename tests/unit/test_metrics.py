@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
@@ -52,6 +52,7 @@ class World:
     failed: set[int] = field(default_factory=set)  # candidates that ended without a finish
     started: set[int] = field(default_factory=set)
     phases: Counter[str] = field(default_factory=Counter)
+    deaths: Counter[int] = field(default_factory=Counter)  # of workers a candidate was on, since its last token
     up: set[int] = field(default_factory=set)
     refused: int = 0
 
@@ -107,6 +108,8 @@ class World:
         outputs = [SequenceOutput(10**6, token=65)]  # of a request that has left since
         for each in chosen:
             self.started.add(each.id)
+            if tokens:
+                del self.deaths[each.id]
             outputs += [SequenceOutput(each.id, token=65) for _ in range(tokens)]
             if ends:
                 outputs.append(SequenceOutput(each.id, finish=FinishReason.LENGTH))
@@ -133,17 +136,24 @@ class World:
         if running:
             one = running[pick % len(running)]
             (generation,) = (generation for generation in self.open if one in generation.candidates)
-            for each in generation.candidates:
-                if each.finish is None and each.id not in self.failed:
-                    self.failed.add(each.id)
-                    self.ended["error"] += 1
+            self.fails(generation)
             assert one.worker is not None
             self.engine.worker_refused(one.worker, Refused(one.id))
 
     def lose(self, worker: int) -> None:
         if worker in self.up:
             self.up.discard(worker)
+            lost = [each for each in self.alive if each.worker == worker]
+            self.deaths.update(each.id for each in lost)
+            if len(lost) == 1 and self.deaths[lost[0].id] > 1:  # all alone with the second worker that it died with
+                self.fails(next(each for each in self.open if lost[0] in each.candidates))
             self.engine.worker_lost(worker)
+
+    def fails(self, generation: RunningGeneration) -> None:
+        for each in generation.candidates:
+            if each.finish is None and each.id not in self.failed:
+                self.failed.add(each.id)
+                self.ended["error"] += 1
 
     def check(self) -> None:
         got = samples(self.metrics)
@@ -197,6 +207,7 @@ EVENTS = st.one_of(
 )
 
 
+@example([("ask", 1, 1, 1, 1), ("lose", 0), ("lose", 1)])  # all alone with both: it is found to kill workers
 @settings(max_examples=150)
 @given(st.lists(EVENTS, max_size=40))
 def test_the_identities_hold_at_every_moment(events: list[tuple[Any, ...]]) -> None:

@@ -75,11 +75,11 @@ class GPT2:
         self._layers = [_layer(config, weights, i, ops) for i in range(config.n_layer)]
         self._final_norm = _norm(config, weights, "ln_f", ops)
         tied = config.tie_word_embeddings
-        head = weights["wte.weight" if tied else "lm_head.weight"]
-        self._head = ops.linear(head[:head_tokens], None)
-        shared = self._head if tied and head_tokens is None else None
+        head = weights["wte.weight" if tied else "lm_head.weight"][:head_tokens]
+        self._unknown = config.vocab_size - len(head)
+        self._head = ops.linear(head, None)
+        shared = self._head if tied and not self._unknown else None
         self._embed = ops.embedding(weights["wte.weight"], weights["wpe.weight"], shared)
-        self._unknown = 0 if head_tokens is None else max(config.vocab_size - head_tokens, 0)
         self._fused: tuple[KVCache, Callable[[Batch], Tensor] | None] | None = None  # of the cache seen last
 
     def forward(self, batch: Batch, cache: KVCache, adapted: Sequence[AdaptedRows] = ()) -> Tensor:

@@ -18,6 +18,7 @@ from model.training.schedule import Progress
 from model.training.trainer import STATE, Recipe, Trainer, run
 
 VOCABULARY = 50257
+SHAPE = ("layers", "width", "heads", "context")
 STEP_SECONDS_CAP = 20.0  # a step longer than this was stopped, not slow
 
 EPILOG = """\
@@ -67,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(arguments)
+    options = parser()
+    args = options.parse_args(arguments)
+    if args.begin and any(getattr(args, name) != options.get_default(name) for name in SHAPE):
+        options.error("--from takes the model's own shape")
+    if args.seen and not args.begin:
+        options.error("--seen is of a model to go on --from")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ("vocab.json", "merges.txt"):

@@ -112,7 +112,7 @@ class Trainer:
     def begin_from(self, checkpoint: Path, tokens: int) -> None:
         """Takes the weights of a model of this shape that has seen `tokens`; the text goes on where it stopped.
 
-        Raises ConfigError or WeightsError.
+        Raises ConfigError or WeightsError, and RuntimeError where it has another shape.
         """
         self.network.load_state_dict(load_network(checkpoint).state_dict())
         self.tokens = tokens

@@ -14,6 +14,7 @@ PROBE = 1 / 256  # the way back to HOPE that a sequence which may not guess goes
 KINSHIP = 1 / 16  # weight of one sequence's record in what is expected of others of its kind
 SMOOTHING = 0.2  # weight of one step among those of its size
 FORGETTING = 1 / 256  # the way back to what it was said to cost that a drafter's record goes in one step
+LEAST_COST = 1e-3  # of a guess: looking one up takes time too, and in a fit a cost of nothing has infinite weight
 FREE_ROWS = 16.0  # until two sizes of steps were seen: rows that take as long as the weights
 WORTH = 1.02  # a length must promise this much more than a shorter one: what is gained in theory alone is not gained
 
@@ -26,11 +27,12 @@ class SpeculationController:
         if most < 1 or cost < 0:
             raise ValueError("at least one guess, at a cost of at least 0")
         self._most = most
-        self._cost = cost
+        self._cost = max(cost, LEAST_COST)
         self._steps: dict[int, Point] = {}  # by size of step: mean rows, mean seconds
         self._drafts: dict[int, Point] = {}  # by number of guesses: it, mean share of a step
         self._lengths: dict[tuple[int, int], int] = {}  # what was worked out since the last step
-        self._kinds: dict[bool, float] = {}  # greedy or not -> acceptance of late
+        self._step_line, self._draft_line = self._fit_steps(), self._fit_drafts()
+        self._kinds = {True: HOPE, False: HOPE}  # greedy or not -> acceptance of late
 
     def observe(self, rows: int, seconds: float) -> None:
         """Take in one step of decoding, less what making its guesses took.
@@ -41,16 +43,16 @@ class SpeculationController:
         self._steps[size] = _between(self._steps.get(size, (rows, seconds)), (rows, seconds), SMOOTHING)
         for guesses, point in self._drafts.items():
             self._drafts[guesses] = _between(point, self._said(guesses), FORGETTING)
-        self._lengths.clear()
+        self._learnt()
 
     def drafted(self, guesses: int, streams: int, seconds: float) -> None:
         """Take in what making so many guesses, one after another, took for so many streams together."""
         if self._steps:  # else nobody knows what share of a step that is
-            fixed, per_row = self._step_line()
+            fixed, per_row = self._step_line
             share = seconds / (fixed + per_row * streams)
             known = self._drafts.get(guesses, self._said(guesses))  # not the first one alone: it found all cold
             self._drafts[guesses] = _between(known, (guesses, share), SMOOTHING)
-            self._lengths.clear()
+            self._learnt()
 
     def length(self, acceptance: float, streams: int) -> int:
         """Guesses for a sequence of this acceptance, with so many streams in the step."""
@@ -62,7 +64,7 @@ class SpeculationController:
 
     def first(self, *, greedy: bool) -> float:
         """The acceptance to expect of a new sequence: what that of its kind was of late, a little hopefully."""
-        lately = self._kinds.get(greedy, HOPE)
+        lately = self._kinds[greedy]
         self._kinds[greedy] = lately + KINSHIP * (HOPE - lately)
         return lately
 
@@ -71,8 +73,7 @@ class SpeculationController:
         tried = accepted + (accepted < drafted)
         new = acceptance + (accepted - tried * acceptance) / (MEMORY + tried)
         if tried:
-            lately = self._kinds.get(greedy, HOPE)
-            self._kinds[greedy] = lately + KINSHIP * (new - lately)
+            self._kinds[greedy] += KINSHIP * (new - self._kinds[greedy])
         return new
 
     def rested(self, acceptance: float) -> float:
@@ -82,9 +83,13 @@ class SpeculationController:
     def _said(self, guesses: int) -> Point:
         return guesses, self._cost * guesses
 
+    def _learnt(self) -> None:
+        """Once a step, and not for every sequence of the next."""
+        self._step_line, self._draft_line = self._fit_steps(), self._fit_drafts()
+        self._lengths.clear()
+
     def _best(self, p: float, streams: int) -> int:
-        fixed, per_row = self._step_line()
-        behind, per_guess = self._draft_line()
+        (fixed, per_row), (behind, per_guess) = self._step_line, self._draft_line
         plain = fixed + per_row * streams
         best, best_rate, tokens, chance = 0, 1 / plain, 1.0, 1.0
         for length in range(1, self._most + 1):
@@ -96,7 +101,7 @@ class SpeculationController:
                 best, best_rate = length, rate
         return best
 
-    def _step_line(self) -> Point:
+    def _fit_steps(self) -> Point:
         """(a, b), in seconds once a step was seen."""
         points = list(self._steps.values())
         if (line := _fit(points)) is not None:
@@ -104,7 +109,7 @@ class SpeculationController:
         per_row = points[0][1] / (FREE_ROWS + points[0][0]) if points else 1.0
         return FREE_ROWS * per_row, per_row
 
-    def _draft_line(self) -> Point:
+    def _fit_drafts(self) -> Point:
         """(c, d), in shares of a step."""
         points = list(self._drafts.values())
         if (line := _fit(points)) is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -60,3 +62,12 @@ def last_event(server: RunningServer, **body: Any) -> dict[str, Any]:
     assert "[DONE]" not in lines[-1], lines[-1]
     event: dict[str, Any] = json.loads(lines[-1].removeprefix("data: "))
     return event
+
+
+def until(true: Callable[[], bool], seconds: float = 30) -> float:
+    """Waits; returns for how long."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < seconds, "in vain"
+        time.sleep(0.01)
+    return time.monotonic() - began

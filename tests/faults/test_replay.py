@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mixed import until
 from serving import serving
 
 LETTERS = list(range(64, 80))
@@ -26,8 +26,7 @@ def test_a_killed_worker_changes_no_byte_of_them(tiny: Path) -> None:
         expected = [server.complete(**request)["choices"] for request in requests]
         before = server.metrics()["gpt2_generation_tokens_total"]
         answers = [pool.submit(lambda request=request: server.complete(**request)["choices"]) for request in requests]
-        while server.metrics()["gpt2_generation_tokens_total"] < before + 40:
-            time.sleep(0.005)
+        until(lambda: server.metrics()["gpt2_generation_tokens_total"] >= before + 40)
         assert not any(answer.done() for answer in answers), "too late to kill anything"
         os.kill(server.worker_pid, signal.SIGKILL)
         assert [answer.result() for answer in answers] == expected

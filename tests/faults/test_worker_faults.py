@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from mixed import last_event, mixed_requests, post, stream_all
+from mixed import last_event, mixed_requests, post, stream_all, until
 from serving import RunningServer, serving
 
 EVIL = Path(__file__).parent / "evil"
@@ -24,15 +24,6 @@ POISONED: dict[str, Any] = {"prompt": [POISON], "max_tokens": 5}
 
 def evil(what: str) -> dict[str, str]:
     return {"EVIL": what, "PYTHONPATH": os.pathsep.join([str(EVIL), os.environ.get("PYTHONPATH", "")])}
-
-
-def until(true: Callable[[], bool], seconds: float = 30) -> float:
-    """Waits; returns for how long."""
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < seconds, "in vain"
-        time.sleep(0.01)
-    return time.monotonic() - began
 
 
 def tokens(server: RunningServer) -> float:
@@ -155,10 +146,12 @@ def test_a_queued_request_whose_client_has_left_is_never_run(tiny: Path) -> None
             with pytest.raises(httpx.ReadTimeout):
                 post(server, timeout=0.4, prompt=f"{i} one two three", max_tokens=500, ignore_eos=True)
 
-        for left in [pool.submit(leave, i) for i in range(10)]:
-            left.result()
-        assert not running.done()
-        os.kill(server.worker_pid, signal.SIGCONT)
+        try:
+            for left in [pool.submit(leave, i) for i in range(10)]:
+                left.result()
+            assert not running.done()
+        finally:
+            os.kill(server.worker_pid, signal.SIGCONT)
         running.result()
         now = server.metrics()
         assert now["gpt2_generation_tokens_total"] == 900

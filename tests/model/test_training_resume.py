@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from model.config import ModelConfig, parse_config
+from model.training.__main__ import main
 from model.training.data import TokenArray
 from model.training.log import Log, Row, read_log
 from model.training.schedule import Progress
@@ -109,6 +110,13 @@ def test_a_run_from_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
     other = Trainer(config(n_layer=1), RECIPE, text(), text(), Progress(total=1, cap=1))
     with pytest.raises(RuntimeError, match=r"transformer\.h\.1"):
         other.begin_from(tmp_path, 0)
+
+
+@pytest.mark.parametrize("flags", [["--from", "model/default", "--layers", "3"], ["--seen", "5"]])
+def test_what_would_be_ignored_is_refused(flags: list[str], tmp_path: Path) -> None:
+    asked = ["--corpus", "x", "--vocab", "x", "--out", str(tmp_path), "--steps", "1", *flags]
+    with pytest.raises(SystemExit, match="2"):
+        main(asked)
 
 
 def test_a_timed_run_credits_the_clock_and_stops(tmp_path: Path) -> None:

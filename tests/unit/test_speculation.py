@@ -139,3 +139,14 @@ def test_a_drafter_that_was_slow_once_is_tried_again() -> None:
     for _ in range(2000):
         made.observe(1, 21.0)
     assert made.length(0.9, streams=1) > 3
+
+
+def test_a_drafter_that_costs_next_to_nothing_is_forgotten_without_end() -> None:
+    """What nobody uses any more goes back to what it was said to cost; a cost of 0 would leave nothing to compare."""
+    made = SpeculationController(5, 0.0)
+    made.observe(1, 0.002)
+    for guesses in (1, 3):
+        made.drafted(guesses, streams=1, seconds=2e-5)
+    for _ in range(150_000):
+        made.observe(1, 0.002)
+    assert made.length(0.9, streams=1) == 5

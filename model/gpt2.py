@@ -77,7 +77,7 @@ class GPT2:
         tied = config.tie_word_embeddings
         head = weights["wte.weight" if tied else "lm_head.weight"][:head_tokens]
         self._unknown = config.vocab_size - len(head)
-        self._head = ops.linear(head, None)
+        self._head = ops.head(head)
         shared = self._head if tied and not self._unknown else None
         self._embed = ops.embedding(weights["wte.weight"], weights["wpe.weight"], shared)
         self._fused: tuple[KVCache, Callable[[Batch], Tensor] | None] | None = None  # of the cache seen last
@@ -106,7 +106,7 @@ class GPT2:
         return self._final_norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(rows, n_embd) of `forward` to (rows, vocab) in fp32."""
+        """(rows, n_embd) of `forward` to (rows, vocab) in fp32, good until the next call."""
         logits = self._head(self._final_norm(hidden)).float()
         return F.pad(logits, (0, self._unknown), value=UNLIKELY) if self._unknown else logits
 

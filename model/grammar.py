@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
@@ -104,13 +103,12 @@ class Vocabulary:
 
 
 class Grammars:
-    """A worker's grammars, the latest of them compiled."""
+    """A worker's grammars, the latest of them compiled. Most workers never see one, so nothing is made beforehand."""
 
     def __init__(self, load: Callable[[], Vocabulary]) -> None:
-        """load: runs in a thread from now on; the first grammar waits for it."""
-        thread = ThreadPoolExecutor(1)
-        self._vocabulary = thread.submit(load)
-        thread.shutdown(wait=False)
+        """load: called for the first grammar."""
+        self._load = load
+        self._vocabulary: Vocabulary | None = None
         self._compiled: OrderedDict[str, Matcher] = OrderedDict()
 
     def matcher(self, grammar: str, output: Sequence[int]) -> Matcher:
@@ -125,7 +123,9 @@ class Grammars:
 
     def _latest(self, grammar: str) -> Matcher:
         if grammar not in self._compiled:
-            self._compiled[grammar] = self._vocabulary.result().compile(grammar)
+            if self._vocabulary is None:
+                self._vocabulary = self._load()
+            self._compiled[grammar] = self._vocabulary.compile(grammar)
             if len(self._compiled) > COMPILED_MAX:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)

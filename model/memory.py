@@ -44,6 +44,22 @@ class HugePages:
         return taken
 
 
+class ReusedRows:
+    """Memory for one large result after another. Freed, each would leave a hole in the heap that the next, longer one
+    does not fit in: a batch that fills row by row left 40 MB of them."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._rows = torch.empty(0, width)
+
+    def __call__(self, rows: int) -> Tensor:
+        """(rows, width) fp32 of anything, good until the next call."""
+        if rows > len(self._rows):
+            kept = 1 << (rows - 1).bit_length()
+            self._rows = huge_zeros(4 * kept * self._width).view(torch.float32).view(kept, self._width)
+        return self._rows[:rows]
+
+
 def give_back() -> None:
     """What was freed goes back to the system, where the C library knows how: loading leaves hundreds of MB behind."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:

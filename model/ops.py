@@ -37,13 +37,17 @@ class Ops(Protocol):
 
     def place(self, weight: Tensor) -> Tensor: ...
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear: ...
+    def head(self, weight: Tensor) -> Linear:
+        """With very many outputs; a result is good until the next call."""
+        ...
+
     def small_linear(self, weight: Tensor) -> Linear:
         """Of a matrix so small that keeping it in fewer bits would save nothing."""
         ...
 
     def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> Norm: ...
     def embedding(self, tokens: Tensor, positions: Tensor, head: Linear | None) -> Embedding:
-        """tokens: (vocab, n_embd), positions: (n_positions, n_embd), head: `linear` of the tokens, or None."""
+        """tokens: (vocab, n_embd), positions: (n_positions, n_embd), head: `head` of the tokens, or None."""
         ...
 
     def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None: ...
@@ -77,6 +81,9 @@ class TorchOps:
         if self._device.type == "cpu" and self._dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return OneDNNLinear(weight, bias)
         return PlainLinear(self.place(weight), None if bias is None else self.place(bias))
+
+    def head(self, weight: Tensor) -> Linear:
+        return self.linear(weight, None)
 
     def small_linear(self, weight: Tensor) -> Linear:
         return self.linear(weight, None)

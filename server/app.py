@@ -105,7 +105,7 @@ def create_app(
     app.include_router(model_routes(model))
     app.include_router(engine_routes(model, engine))
     app.include_router(tokenize_routes(model, tokenizer, texts, limits))
-    app.include_router(ops_routes(engine, registry, running, version, grammars))
+    app.include_router(ops_routes(engine, registry, running, version))
     app.include_router(stored_routes(store, tuning, model, limits))
     if sleeper is not None:
         app.include_router(sleep_routes(sleeper))

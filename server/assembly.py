@@ -67,15 +67,6 @@ class Backend:
     tuning: FineTuning | None
     batches: BatchRunner | None
 
-    @property
-    def ready(self) -> bool:
-        return self.engine.ready and (self.grammars is None or self.grammars.ready)
-
-    async def start_checker(self) -> None:
-        """Before the first request: no grammar has to wait for it later on."""
-        if self.grammars is not None:
-            await self.grammars.start()
-
     def start(self) -> list[asyncio.Task[int]]:
         """One task a worker; it ends, with an exit status, when its worker cannot be kept running."""
         if self.tuning is not None:

@@ -61,7 +61,6 @@ class Service:
             loop.add_signal_handler(number, self._on_signal, stop)
         if self.reload is not None:
             loop.add_signal_handler(signal.SIGHUP, self.reload)
-        starting = asyncio.create_task(self.backend.start_checker())
         workers = self.backend.start()
         http = asyncio.create_task(self.http.serve(sockets=[self.listener]))
         announcing = asyncio.create_task(self._announce(announcer))
@@ -76,7 +75,6 @@ class Service:
         finally:
             announcing.cancel()
             watching.cancel()
-            starting.cancel()
             status = await self.backend.stop(workers)
             self.http.should_exit = True
             await http
@@ -90,7 +88,7 @@ class Service:
         stop.set()
 
     async def _announce(self, announcer: Announcer) -> None:
-        while not self.backend.ready:
+        while not self.backend.engine.ready:
             announcer.loading(min(supervisor.read_share for supervisor in self.backend.supervisors))
             await asyncio.sleep(POLL)
         assert self.backend.engine.worker is not None

@@ -118,8 +118,6 @@ class Completions:
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
         self._backend = assemble(Settings(**settings))
         self._workers = self._backend.start()
-        if self._backend.grammars is not None:
-            await self._backend.grammars.start()
         while not self._backend.engine.ready:
             self.check_health()
             await asyncio.sleep(POLL)

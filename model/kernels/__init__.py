@@ -22,7 +22,7 @@ from model.batch import Batch
 from model.config import Activation
 from model.kernels import structs
 from model.kv_cache import KVCache, LayerCache
-from model.memory import HugePages
+from model.memory import HugePages, ReusedRows
 from model.scores import Scores
 
 PADDING = 32  # MAX_PANEL in kernels.h
@@ -83,9 +83,11 @@ class Kernels:
     def panels_bytes(self, linear: structs.Linear) -> int:
         return int(self._library.kernels_panels_bytes(self.level, byref(linear)))
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, storage: Storage = Storage.FP32) -> PackedLinear:
-        """weight: (out, in) in any strides, bias: (out,)."""
-        return PackedLinear(self, weight, bias, storage)
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, storage: Storage = Storage.FP32, *, reuse: bool = False
+    ) -> PackedLinear:
+        """weight: (out, in) in any strides, bias: (out,). reuse: results are good until the next call."""
+        return PackedLinear(self, weight, bias, storage, reuse=reuse)
 
     def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> KernelNorm:
         """weight, bias: (width,)."""
@@ -177,9 +179,10 @@ def _declare(library: ctypes.CDLL, name: str, result: type | None, *arguments: t
 class PackedLinear:
     """`model.linear.Linear`, its weights packed for one level."""
 
-    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None, storage: Storage) -> None:
+    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None, storage: Storage, *, reuse: bool) -> None:
         weight = weight.float()
         self.outputs, self.inputs = weight.shape
+        self._reused = ReusedRows(self.outputs) if reuse else None
         self._kernels = kernels
         self._edges = torch.zeros(2, -(-self.outputs // PADDING) * PADDING)  # bias, scale
         if bias is not None:
@@ -198,13 +201,14 @@ class PackedLinear:
         """activation(x Wᵀ + b), plus the residual. x: (rows, in); residual: (rows, out); returns (rows, out)."""
         x = structs.ready(x)
         residual = None if residual is None else structs.ready(residual)
-        out = torch.empty(x.shape[0], self.outputs)
+        rows = x.shape[0]
+        out = torch.empty(rows, self.outputs) if self._reused is None else self._reused(rows)
         call = self._call
         call.x = x.data_ptr()
         call.residual = None if residual is None else residual.data_ptr()
         call.y = out.data_ptr()
         call.act = _ACTIVATIONS[activation]
-        self._batch.rows = x.shape[0]
+        self._batch.rows = rows
         self._kernels.run(self._steps, self._batch)
         return out
 
@@ -284,6 +288,9 @@ class KernelOps:
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         return self._kernels.pack_linear(weight, bias, self._storage)
+
+    def head(self, weight: Tensor) -> PackedLinear:
+        return self._kernels.pack_linear(weight, None, self._storage, reuse=True)
 
     def small_linear(self, weight: Tensor) -> PackedLinear:
         return self._kernels.pack_linear(weight, None, Storage.FP32)

@@ -11,7 +11,6 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from starlette.responses import PlainTextResponse, Response
 
 from server.api.errors import error_response
-from server.engine.grammars import GrammarChecker
 from server.engine.request import GenerationEngine
 from server.errors import Overloaded
 
@@ -21,7 +20,6 @@ def ops_routes(
     registry: CollectorRegistry,
     running: Set[str],
     version: str,
-    grammars: GrammarChecker | None,
 ) -> APIRouter:
     router = APIRouter(tags=["operations"])
 
@@ -31,8 +29,7 @@ def ops_routes(
 
     @router.get("/ready")
     async def ready() -> Response:
-        up = engine.ready and (grammars is None or grammars.ready)
-        return _ok() if up else error_response(Overloaded("The server is not ready for requests."))
+        return _ok() if engine.ready else error_response(Overloaded("The server is not ready for requests."))
 
     @router.get("/ping")
     @router.post("/ping")

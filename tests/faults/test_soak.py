@@ -178,6 +178,7 @@ def test_s1_soak() -> None:
     flags = ("--workers", "2", "--threads", "1", "--kv-cache-gib", "0.1")  # small, so that all of it is in use soon
     with serving(None, *flags) as server:
         expected = [server.complete(**request)["choices"] for request in REQUESTS]
+        server.complete(prompt="a", guided_regex="a", max_tokens=4)  # starts the checker
         deadline = time.monotonic() + 60
         while len(_workers(server)) < 2:
             assert time.monotonic() < deadline

@@ -65,7 +65,7 @@ class Network:
             block_tables=torch.tensor(tables, dtype=torch.int32),
             spans=tuple((len(tokens), start + len(tokens)) for _, tokens, start in pieces),
         )
-        return self.model.logits(self.model.forward(batch, self.cache))
+        return self.model.logits(self.model.forward(batch, self.cache)).clone()
 
 
 class Generator:

@@ -107,6 +107,20 @@ def test_a_matcher_can_be_had_again_from_the_output() -> None:
         assert (again.state, again.allowed) == (matcher.state, matcher.allowed)
 
 
+def test_a_worker_that_sees_no_grammar_makes_no_vocabulary() -> None:
+    made: list[Vocabulary] = []
+
+    def load() -> Vocabulary:
+        made.append(vocabulary())
+        return made[-1]
+
+    grammars = Grammars(load)
+    assert not made
+    for grammar in ("start: /a/", "start: /b/"):
+        assert grammars.matcher(grammar, []).state is GrammarState.OPEN
+    assert len(made) == 1
+
+
 def test_what_cannot_be_compiled_is_an_error_here_and_lost_in_a_worker() -> None:
     with pytest.raises(GrammarError):
         vocabulary().compile("start: /(/")

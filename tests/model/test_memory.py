@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.memory import CACHE_LINE, CHUNK, HUGE_PAGE, HugePages, give_back_code, huge_zeros
+from model.memory import CACHE_LINE, CHUNK, HUGE_PAGE, HugePages, ReusedRows, give_back_code, huge_zeros
 
 
 def test_a_large_array_begins_on_a_huge_page() -> None:
@@ -51,6 +51,18 @@ print(before - after, float((torch.ones(40, 40) @ torch.ones(40, 40)).softmax(0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_rows_are_reused_and_grow() -> None:
+    rows = ReusedRows(50257)
+    first = rows(1).fill_(1)
+    assert first.shape == (1, 50257)
+    rows(5).fill_(5)
+    assert first[0, 0] == 1, "a longer result has memory of its own"
+    place = rows(5).data_ptr()
+    assert {rows(count).data_ptr() for count in (1, 3, 8)} == {place}
+    assert (rows(5) == 5).all()
+    assert rows(9).data_ptr() != place
+
+
 def test_code_that_starting_needed_is_let_go_and_comes_back_where_it_is_called() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     given_back, computed, came_back = map(float, done.stdout.split())

@@ -85,8 +85,8 @@ def test_choices_are_taken_literally(vocabulary: Vocabulary) -> None:
 def test_a_checker_that_dies_is_replaced_and_a_client_that_leaves_mixes_nothing_up() -> None:
     async def run() -> None:
         grammars = GrammarChecker(checker_command("model/default", 50257, 50256))
-        await grammars.start()
         try:
+            assert grammars._process is None, "nobody has asked for a grammar yet"
             assert await grammars.compile(source(GrammarKind.REGEX, "a")) == "start: /a/"
             assert grammars._process is not None
             grammars._process.kill()

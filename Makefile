@@ -12,7 +12,7 @@ serve: $(VENV)/.installed  ## serve the embedded default model (or MODEL=…) on
 install: $(VENV)/.installed  ## what serving needs
 
 $(VENV)/.installed: pyproject.toml setup.py
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps $(VENV)
 	@echo "Installing gpt2-server into $(VENV) …"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@

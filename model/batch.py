@@ -8,6 +8,16 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """Rows whose hidden states are asked for: the last few of each sequence, or none. The others are computed for their
+    keys and values, which the last layer has before it attends, so it can do without them from there on."""
+
+    rows: Tensor  # (wanted,) int64, of the batch's
+    positions: Tensor  # (wanted,) int64
+    query_starts: Tensor  # (sequences + 1,) int32
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Sequence i of the batch owns rows [query_starts[i], query_starts[i + 1]), in the order of their positions."""
 
@@ -19,3 +29,4 @@ class Batch:
     block_tables: Tensor  # (sequences, blocks) int32, contiguous; entries past a sequence's blocks mean nothing
     spans: tuple[tuple[int, int], ...]  # (sequences) pairs (rows, context length), for paths that loop in Python;
     # empty where every sequence has one row and no shape may depend on the contexts
+    wanted: Wanted | None = None  # None for every row

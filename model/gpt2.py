@@ -85,7 +85,8 @@ class GPT2:
     def forward(self, batch: Batch, cache: KVCache, adapted: Sequence[AdaptedRows] = ()) -> Tensor:
         """Compute a step's tokens and store their keys and values.
 
-        The cache may have more layers than the network. Returns hidden states (rows, n_embd), good until the next call.
+        The cache may have more layers than the network. Returns hidden states (wanted rows, n_embd), good until the
+        next call.
         """
         if adapted:
             return self._layer_by_layer(batch, cache, adapted)
@@ -99,7 +100,7 @@ class GPT2:
         for layer, layer_cache in zip(self._layers, cache.layers, strict=False):
             rest = layer_cache, batch, self._ops, self.config.activation
             hidden = layer.adapted(hidden, *rest, adapted) if adapted else layer(hidden, *rest)
-        return hidden
+        return hidden if batch.wanted is None else hidden[batch.wanted.rows]
 
     def final(self, hidden: Tensor) -> Tensor:
         """(rows, n_embd) of `forward` after the last norm: what the head sees."""

@@ -59,7 +59,10 @@ class Ops(Protocol):
     def fuse(
         self, embed: Embedding, layers: Sequence[Any], cache: KVCache, activation: Activation
     ) -> Callable[[Batch], Tensor] | None:
-        """All layers in one call, with the bits of one after the other; None where there is no such thing."""
+        """All layers in one call, with the bits of one after the other; None where there is no such thing.
+
+        Returns the hidden states of the rows that are wanted.
+        """
         ...
 
     def describe(self) -> str:

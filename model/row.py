@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.batch import Batch
+from model.batch import Batch, Wanted
 from model.grammar import Matcher
 from model.rng import uniforms
 from model.sampling_params import SamplingParams
@@ -112,11 +112,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens [start, start + count) of a row."""
+    """Tokens [start, start + count) of a row, and of how many of them, the last, the hidden state is wanted."""
 
     row: Row
     start: int
     count: int
+    wanted: int
 
 
 def lay_out(spans: list[Span], block_size: int, device: torch.device) -> Batch:
@@ -148,4 +149,14 @@ def lay_out(spans: list[Span], block_size: int, device: torch.device) -> Batch:
         contexts=place(np.array([span.start + span.count for span in spans], dtype=np.int32)),
         block_tables=place(tables),
         spans=tuple((span.count, span.start + span.count) for span in spans),
+        wanted=None if all(span.wanted == span.count for span in spans) else _wanted(spans, starts, positions, device),
     )
+
+
+def _wanted(
+    spans: list[Span], starts: npt.NDArray[np.int32], positions: npt.NDArray[np.int64], device: torch.device
+) -> Wanted:
+    """starts: (spans + 1,), positions: (rows,), of all rows."""
+    rows = np.concatenate([np.arange(end - span.wanted, end) for span, end in zip(spans, starts[1:], strict=True)])
+    query_starts = np.cumsum([0, *(span.wanted for span in spans)], dtype=np.int32)
+    return Wanted(*(torch.from_numpy(array).to(device) for array in (rows, positions[rows], query_starts)))

@@ -24,6 +24,7 @@ from model.step import (
     Pending,
     PromptLogprobs,
     SampledToken,
+    ScheduledChunk,
     StepPlan,
     StepResult,
     TokenLogprobs,
@@ -79,11 +80,8 @@ class Runner:
         began = time.perf_counter()
         guesses = self._guesses(plan)
         drafting = time.perf_counter() - began
-        spans = [
-            Span(self.rows[chunk.id], chunk.start, chunk.count + len(guessed))
-            for chunk, guessed in zip(plan.chunks, guesses, strict=True)
-        ]
-        pieces = self._forward(spans)  # (span.count, n_embd) each
+        spans = [self._span(chunk, len(guessed)) for chunk, guessed in zip(plan.chunks, guesses, strict=True)]
+        pieces = self._forward(spans)  # (span.wanted, n_embd) each
         scored = self._score_prompts(plan, pieces)
         drafted = {chunk.id: len(guessed) for chunk, guessed in zip(plan.chunks, guesses, strict=True) if guessed}
         return StepResult(
@@ -93,6 +91,11 @@ class Runner:
             drafting=drafting,
             pooled=self._pool(plan, pieces),
         )
+
+    def _span(self, chunk: ScheduledChunk, guesses: int) -> Span:
+        row, count = self.rows[chunk.id], chunk.count + guesses
+        told = row.params.prompt_logprobs is not None or row.params.pooled  # of every token
+        return Span(row, chunk.start, count, count if told else (guesses + 1) * chunk.samples)
 
     def _matcher(self, new: NewSequence) -> Matcher | None:
         if new.params.grammar is None:
@@ -116,7 +119,7 @@ class Runner:
             own = [spans[i] for i in places]
             batch = lay_out(own, self._cache.block_size, self._device)
             hidden = network.forward(batch, self._cache, _adapted(own, self._device))
-            pieces.update(zip(places, hidden.split([span.count for span in own]), strict=True))
+            pieces.update(zip(places, hidden.split([span.wanted for span in own]), strict=True))
         return [pieces[i] for i in range(len(spans))]
 
     def _logits(self, hidden: Tensor, networks: list[GPT2]) -> Tensor:

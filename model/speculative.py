@@ -108,7 +108,7 @@ class DraftModel:
             due, hidden = [due[i] for i in asking], hidden[asking]
             asked = [rows[chunk.id] for chunk in due]
             if made:
-                hidden = self._last_hidden([Span(row, row.length + made - 1, 1) for row in asked])
+                hidden = self._last_hidden([Span(row, row.length + made - 1, 1, 1) for row in asked])
             for chunk, row, token in zip(due, asked, self._guess(asked, hidden, made), strict=True):
                 guesses[chunk.id].append(token)
                 row.guess(guesses[chunk.id])
@@ -118,12 +118,12 @@ class DraftModel:
         """What it has yet to compute up to the end of the chunk: more than the chunk, where it has lagged behind."""
         start, end = min(self._computed.get(chunk.id, chunk.start), chunk.start), chunk.start + chunk.count
         self._computed[chunk.id] = end + max(chunk.drafts - 1, 0)  # the last guess is never fed back
-        return Span(row, start, end - start)
+        return Span(row, start, end - start, 1)
 
     def _last_hidden(self, spans: list[Span]) -> Tensor:
         """Compute spans; returns the hidden state of each one's last token: (spans, n_embd)."""
         batch = lay_out(spans, self._cache.block_size, self._device)
-        return self._model.forward(batch, self._cache)[batch.query_starts[1:].long() - 1]
+        return self._model.forward(batch, self._cache)
 
     def _guess(self, rows: list[Row], hidden: Tensor, made: int) -> list[int]:
         eos = self._model.config.eos_token_id

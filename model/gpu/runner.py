@@ -138,7 +138,7 @@ class GraphRunner:
             self._queued = None
 
     def _queue(self, plan: StepPlan, rows: list[Row]) -> Queued:
-        spans = [Span(row, chunk.start, chunk.count) for row, chunk in zip(rows, plan.chunks, strict=True)]
+        spans = [Span(row, chunk.start, chunk.count, chunk.count) for row, chunk in zip(rows, plan.chunks, strict=True)]
         sources = self._sources(plan.chunks, rows)
         rung = self._ladder.rung(len(spans)) if plan.decodes else None
         sampling = [i for i, chunk in enumerate(plan.chunks) if chunk.samples]

@@ -365,12 +365,19 @@ class Forward:
         self._record(1)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Hidden states (rows, n_embd), good until the next call."""
-        rows = len(batch.tokens)
+        """Hidden states (wanted rows, n_embd), good until the next call."""
+        rows, wanted = len(batch.tokens), batch.wanted
         if rows > len(self._hidden):
             self._record(max(rows, 2 * len(self._hidden)))
-        self._kernels.run(self._steps, structs.batch(batch))
-        return self._hidden[:rows]
+        if wanted is None:
+            self._kernels.run(self._steps, structs.batch(batch))
+            return self._hidden[:rows]
+        self._kernels.run(self._until_kv, structs.batch(batch))
+        if count := len(wanted.rows):
+            for kept in (self._hidden, self._queries):
+                kept[:count] = kept[wanted.rows]
+            self._kernels.run(self._from_kv, structs.wanted(batch, wanted))
+        return self._hidden[:count]
 
     def _record(self, rows: int) -> None:
         width = self._embed.width
@@ -389,8 +396,11 @@ class Forward:
                 (structs.Op.LINEAR, _linear(layer.mlp_in).call(normed, wide, activation=self._activation)),
                 (structs.Op.LINEAR, _linear(layer.mlp_out).call(wide, hidden, residual=hidden)),
             ]
-        self._hidden = hidden
+        self._hidden, self._queries = hidden, qkv[:, :width]
         self._steps = structs.steps(calls)
+        # The same in two parts, cut where the last layer's keys and values are written.
+        cut = max(i for i, (op, _) in enumerate(calls) if op is structs.Op.WRITE_KV) + 1
+        self._until_kv, self._from_kv = structs.steps(calls[:cut]), structs.steps(calls[cut:])
         self._kept = calls, normed, mixed, qkv, wide  # the steps point into these
 
 

@@ -10,7 +10,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from model.batch import Batch
+from model.batch import Batch, Wanted
 from model.kv_cache import LayerCache
 
 ABI = 3  # of kernels.h
@@ -156,6 +156,20 @@ def batch(batch: Batch) -> BatchStruct:
         positions=batch.positions.data_ptr(),
         slots=batch.slots.data_ptr(),
         query_starts=batch.query_starts.data_ptr(),
+        block_tables=batch.block_tables.data_ptr(),
+    )
+
+
+def wanted(batch: Batch, wanted: Wanted) -> BatchStruct:
+    """The batch as the operations from its last attention on see it."""
+    assert wanted.positions.dtype == torch.int64
+    assert wanted.query_starts.dtype == torch.int32
+    return BatchStruct(
+        rows=len(wanted.rows),
+        sequences=len(batch.block_tables),
+        table_width=batch.block_tables.shape[1],
+        positions=wanted.positions.data_ptr(),
+        query_starts=wanted.query_starts.data_ptr(),
         block_tables=batch.block_tables.data_ptr(),
     )
 

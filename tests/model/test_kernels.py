@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.batch import Batch
+from model.batch import Batch, Wanted
 from model.config import Activation, parse_config
 from model.errors import DeviceError
 from model.gpt2 import GPT2
@@ -288,7 +289,7 @@ def test_one_call_is_layer_by_layer(kernels: Kernels, storage: Storage) -> None:
     assert isinstance(embed, KernelEmbedding)
     forward = Forward(kernels, embed, network._layers, cache.layers, network.config.activation)
     tables = torch.tensor([[3, 1], [2, 5]], dtype=torch.int32)
-    for counts in ((3, 20), (1, 1), (16, 2)):  # the second step decodes, the third needs longer buffers
+    for counts in ((3, 20), (1, 1), (16, 2)):  # the second step decodes, the third needs shorter buffers
         starts = torch.tensor([0, *counts]).cumsum(0).int()
         positions = torch.cat([torch.arange(count) for count in counts])
         owners = torch.arange(2).repeat_interleave(torch.tensor(counts))
@@ -298,7 +299,13 @@ def test_one_call_is_layer_by_layer(kernels: Kernels, storage: Storage) -> None:
         kernels.set_threads(2)
         found = forward(batch).clone()
         kernels.set_threads(1)
-        assert torch.equal(found, network.forward(batch, cache))
+        assert torch.equal(found, network._layer_by_layer(batch, cache, ()))
+        for last in ((1, 1), (0, min(2, counts[1])), (counts[0], 0), (0, 0)):
+            rows = torch.cat([torch.arange(end - few, end) for end, few in zip(starts[1:].tolist(), last, strict=True)])
+            wanted = Wanted(rows, positions[rows], torch.tensor([0, *last]).cumsum(0).int())
+            some = replace(batch, wanted=wanted)
+            assert torch.equal(forward(some), found[rows])
+            assert torch.equal(network._layer_by_layer(some, cache, ()), found[rows])
 
 
 # === Loading ===

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -320,15 +320,28 @@ class BatchRunner:
         """However long the store cannot be written. Raises LeaseLostError."""
         while True:
             try:
-                await self._store.record(batch, outcomes)
+                await _whole(self._write(batch, outcomes))
                 break
             except StorageError:
                 await asyncio.sleep(LOOK)
+
+    async def _write(self, batch: Batch, outcomes: list[Outcome]) -> None:
+        await self._store.record(batch, outcomes)
         for outcome in outcomes:
             self._on_line(outcome.succeeded)
 
 
 Phase = Callable[[Batch], Awaitable[None]]
+
+
+async def _whole(work: Coroutine[Any, Any, None]) -> None:
+    """All of it, even where who waits for it is cancelled: a database does not stop half-way either."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _within(name: str, param: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from scripted import ScriptedEngine
 from server.errors import EngineError, Overloaded
 from server.jobs import batch_input
 from server.jobs.batch_input import read_lines
-from server.jobs.batches import BatchStore, LeaseLostError, Outcome, Status
+from server.jobs.batches import Batch, BatchStore, LeaseLostError, Outcome, Status
 from server.jobs.store import Store, open_store
 from server.worker.messages import BACKGROUND
 
@@ -285,6 +286,27 @@ def test_few_lines_at_once_and_none_while_somebody_waits(store: Store) -> None:
     for id_ in ids:
         done = carry_out(api, store, id_)
         assert [each["custom_id"] for each in content(api, done["output_file_id"])] == [str(i) for i in range(9)]
+
+
+def test_a_line_being_written_when_its_batch_is_cancelled_is_counted(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = make_api(store=store)
+    id_ = create(api, [line(str(i)) for i in range(3)])
+    told: list[bool] = []
+    record = store.batches.record
+
+    async def slow(batch: Batch, outcomes: Sequence[Outcome]) -> None:
+        await record(batch, outcomes)
+        if outcomes[0].succeeded:
+            await store.batches.cancel(id_, "")
+            await asyncio.sleep(0.5)
+
+    monkeypatch.setattr(BatchStore, "record", lambda self, *what: slow(*what))
+    monkeypatch.setattr("server.jobs.batch_runner.LOOK", 0.1)
+    done = carry_out(api, store, id_, lines_at_once=1, on_line=told.append)
+    assert (done["status"], done["request_counts"]) == ("cancelled", {"total": 3, "completed": 1, "failed": 2})
+    assert sorted(told) == [False, False, True]
 
 
 def test_cancelled_batches_keep_what_was_answered(store: Store) -> None:

@@ -65,8 +65,9 @@ class GrammarChecker:
         """Returns when it has its vocabulary."""
         self._process = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE, limit=LINE_MAX)
         assert self._process.stdout is not None
-        if await asyncio.wait_for(self._process.stdout.readline(), START_TIMEOUT) != READY:
-            raise EngineError("The grammar checker did not start.")
+        async with asyncio.timeout(START_TIMEOUT):
+            if await self._process.stdout.readline() != READY:
+                raise EngineError("The grammar checker did not start.")
 
     async def stop(self) -> None:
         process, self._process = self._process, None
@@ -114,7 +115,8 @@ class GrammarChecker:
             assert process.stdout is not None
             process.stdin.write(line)
             await process.stdin.drain()
-            answer = await asyncio.wait_for(process.stdout.readline(), ANSWER_TIMEOUT)
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                answer = await process.stdout.readline()
             return msgspec.json.decode(answer, type=Verdict)
         except (OSError, TimeoutError, ValueError, EngineError) as error:
             # It is gone or stuck: the next grammar gets another.

@@ -150,7 +150,8 @@ def _is_stopped(pid: int) -> bool:
 async def _reap(process: asyncio.subprocess.Process) -> None:
     """Its socket is closed by now, so it ends by itself; one that is stuck is killed."""
     try:
-        await asyncio.wait_for(process.wait(), STOP_TIMEOUT)
+        async with asyncio.timeout(STOP_TIMEOUT):
+            await process.wait()
     except TimeoutError:
         process.kill()
         await process.wait()

@@ -110,7 +110,8 @@ class BatchRunner:
                 with suppress(StorageError):  # which was logged
                     await self._begin()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._told.wait(), IDLE)
+                    async with asyncio.timeout(IDLE):
+                        await self._told.wait()
         finally:
             for task in self._running:
                 task.cancel()

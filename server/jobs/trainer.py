@@ -91,7 +91,8 @@ async def _end(trainer: Trainer) -> None:
     trainer.stop()
     ending = asyncio.ensure_future(trainer.ended())
     try:
-        await asyncio.wait_for(asyncio.shield(ending), STOP_TIMEOUT)
+        async with asyncio.timeout(STOP_TIMEOUT):
+            await asyncio.shield(ending)
     except TimeoutError:
         pass
     finally:

@@ -288,6 +288,21 @@ def test_few_lines_at_once_and_none_while_somebody_waits(store: Store) -> None:
         assert [each["custom_id"] for each in content(api, done["output_file_id"])] == [str(i) for i in range(9)]
 
 
+@pytest.mark.parametrize("ticks", range(5))
+def test_a_runner_stops_even_where_it_is_told_of_something_just_then(ticks: int, store: Store) -> None:
+    async def main() -> None:
+        runner = make_runner(store, ScriptedEngine())
+        runner.start()
+        await asyncio.sleep(0.1)  # it waits by now
+        runner._told.set()
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await runner.stop()
+
+    asyncio.run(main())
+
+
 def test_a_line_being_written_when_its_batch_is_cancelled_is_counted(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -26,16 +26,14 @@ from server.api.ops import ops_routes
 from server.api.phrases import Phrases
 from server.api.playground import FILES as PLAYGROUND_FILES
 from server.api.playground import playground_routes
+from server.api.removal import absent_routes
 from server.api.schemas import ErrorAnswer
 from server.api.sleep import Sleeper, sleep_routes
-from server.api.stored import stored_routes
 from server.api.tokenize import tokenize_routes
 from server.engine.grammars import GrammarChecker
 from server.engine.output import TokenTexts
 from server.engine.request import GenerationEngine
 from server.errors import ServerError
-from server.jobs.store import Store
-from server.jobs.tuning import FineTuning
 
 EXPOSED_HEADERS = (
     "x-request-id", "openai-processing-ms", "openai-model", "openai-version", "retry-after", "x-ignored-fields",
@@ -71,15 +69,15 @@ def create_app(
     grammars: GrammarChecker | None = None,
     chat_template: ChatTemplate | None = None,
     sleeper: Sleeper | None = None,
-    store: Store | None = None,
-    tuning: FineTuning | None = None,
+    stored: APIRouter | None = None,
     keys: Keyring | None = None,
     open_paths: Set[str] = frozenset(),
     max_headers: int = 100,
     cors_origins: Sequence[str] = (),
     playground: bool = False,
 ) -> FastAPI:
-    """keys: None leaves the server open to all. open_paths: what needs no key beside what never does."""
+    """stored: the routes of what a data directory keeps. keys: None leaves the server open to all. open_paths: what
+    needs no key beside what never does."""
     app = FastAPI(
         title="gpt2-server",
         version=version,
@@ -106,7 +104,7 @@ def create_app(
     app.include_router(engine_routes(model, engine))
     app.include_router(tokenize_routes(model, tokenizer, texts, limits))
     app.include_router(ops_routes(engine, registry, running, version))
-    app.include_router(stored_routes(store, tuning, model, limits))
+    app.include_router(absent_routes(model) if stored is None else stored)
     if sleeper is not None:
         app.include_router(sleep_routes(sleeper))
     app.add_exception_handler(ServerError, answer_server_error)

@@ -13,7 +13,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
@@ -21,7 +21,6 @@ from model.config import ModelConfig, read_config
 from model.errors import ConfigError, ModelError
 from model.tokenizer import Tokenizer, read_tokenizer
 from server import __version__
-from server.api.batch_lines import CompletionLines
 from server.api.chat_template import ChatTemplate, read_chat_template
 from server.api.completions import CompletionService
 from server.api.keys import Key, Keyring, load_keys
@@ -39,13 +38,12 @@ from server.engine.quota import TokenBuckets
 from server.engine.supervisor import Supervisor
 from server.engine.variants import Variants
 from server.errors import SettingsError
-from server.jobs.batch_runner import BatchRunner
-from server.jobs.recipe import Machine
-from server.jobs.store import Store, open_store
-from server.jobs.tuning import FineTuning, make_fine_tuning
 from server.metrics import Metrics
 from server.settings import Settings
 from server.worker.messages import Start
+
+if TYPE_CHECKING:  # imported where a data directory asks for it
+    from server.stored import Stored
 
 POLL = 0.02  # seconds between looks at whether a backend is ready
 OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -63,31 +61,25 @@ class Backend:
     served: ServedModel
     keys: Keyring | None
     metrics: Metrics
-    store: Store | None  # None without a data directory
-    tuning: FineTuning | None
-    batches: BatchRunner | None
+    stored: Stored | None  # None without a data directory
 
     def start(self) -> list[asyncio.Task[int]]:
         """One task a worker; it ends, with an exit status, when its worker cannot be kept running."""
-        if self.tuning is not None:
-            self.tuning.start()
-        if self.batches is not None:
-            self.batches.start()
+        if self.stored is not None:
+            self.stored.start()
         return [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
 
     async def stop(self, workers: list[asyncio.Task[int]]) -> int:
         """Returns the exit status."""
-        if self.tuning is not None:
-            await self.tuning.stop()
-        if self.batches is not None:
-            await self.batches.stop()
+        if self.stored is not None:
+            await self.stored.stop()
         for supervisor in self.supervisors:
             supervisor.stop()
         status = max(await asyncio.gather(*workers))
         if self.grammars is not None:
             await self.grammars.stop()
-        if self.store is not None:
-            self.store.close()
+        if self.stored is not None:
+            self.stored.close()
         return status
 
 
@@ -119,8 +111,6 @@ def assemble(settings: Settings) -> Backend:
     grammars = GrammarChecker(command) if tokenizer.byte_level else None
     keys = _keyring(settings)
     chat_template = _chat_template(settings, tokenizer)
-    store = _store(settings)
-    tuning = None if store is None else _tuning(settings, store, engine, served.name, checkpoint, config)
     tracing = _tracing()
     tracer = None if tracing is None else tracing.exporting_tracer(__version__)
     limits = _limits(settings, max_model_len, config.vocab_size)
@@ -134,6 +124,7 @@ def assemble(settings: Settings) -> Backend:
         phrases=Phrases(tokenizer),
         grammars=grammars,
     )
+    stored = _stored(settings, engine, served, checkpoint.directory, config, lines, metrics)
     app = create_app(
         engine=engine if tracing is None else tracing.TracedEngine(engine, tracer, served.name),
         tokenizer=tokenizer,
@@ -145,8 +136,7 @@ def assemble(settings: Settings) -> Backend:
         grammars=grammars,
         chat_template=chat_template,
         sleeper=engine,
-        store=store,
-        tuning=tuning,
+        stored=None if stored is None else stored.routes(served, limits),
         keys=keys,
         max_headers=settings.max_headers,
         open_paths=frozenset(settings.open_paths),
@@ -171,44 +161,16 @@ def assemble(settings: Settings) -> Backend:
         served=served,
         keys=keys,
         metrics=metrics,
-        store=store,
-        tuning=tuning,
-        batches=None if store is None else _batches(settings, store, engine, lines, metrics),
+        stored=stored,
     )
 
 
-def _batches(
-    settings: Settings, store: Store, engine: Engine, lines: CompletionService, metrics: Metrics
-) -> BatchRunner:
-    return BatchRunner(
-        store.batches,
-        store.files,
-        {"/v1/completions": CompletionLines(lines)},
-        lines_at_once=settings.batch_lines_at_once,
-        crowded=lambda: engine.crowded,
-        on_line=metrics.batch_line,
-    )
-
-
-def _store(settings: Settings) -> Store | None:
+def _stored(settings: Settings, *parts: Any) -> Stored | None:
     """Raises SettingsError."""
     if settings.data_dir is None:
         return None
-    url = None if settings.database_url is None else settings.database_url.get_secret_value()
-    return open_store(Path(settings.data_dir).expanduser().resolve(), url, settings.max_file_bytes)
-
-
-def _tuning(
-    settings: Settings, store: Store, engine: Engine, name: str, checkpoint: Checkpoint, config: ModelConfig
-) -> FineTuning:
-    template = None if settings.chat_template is None else Path(settings.chat_template).expanduser()
-    cores = len(os.sched_getaffinity(0))
-    machine = Machine(
-        device=settings.training_device,
-        threads=settings.training_threads or max(cores // 2, 1),
-        chat_template=None if template is None else template.read_text("utf-8"),
-    )
-    return make_fine_tuning(store, engine, name, checkpoint.directory, config, machine)
+    stored: Stored = importlib.import_module("server.stored").open_stored(settings, *parts)
+    return stored
 
 
 def _tracing() -> Any | None:

@@ -104,8 +104,8 @@ class Service:
         """New work is refused from the first moment; what runs may finish; what is left at the end is told so."""
         log.info("draining", extra={"requests": self.backend.engine.load})
         self.backend.engine.drain()
-        if self.backend.batches is not None:
-            await self.backend.batches.stop()  # what is left of them is the next server's
+        if self.backend.stored is not None:
+            await self.backend.stored.batches.stop()  # what is left of them is the next server's
         deadline = time.monotonic() + self.shutdown_timeout
         while not self.backend.engine.idle and time.monotonic() < deadline:
             await asyncio.sleep(POLL)

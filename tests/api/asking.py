@@ -14,7 +14,9 @@ from starlette.testclient import TestClient
 from server.api.keys import Key, Keyring, key_digest
 from server.api.limits import Limits
 from server.api.models import ServedModel
+from server.api.stored import stored_routes
 from server.app import create_app
+from server.jobs.store import Store
 
 MODEL = ServedModel(
     name="gpt2",
@@ -96,7 +98,9 @@ def _extend(whole: dict[str, Any], logprobs: dict[str, Any]) -> None:
             whole["logprobs"][name] += column
 
 
-def make_api(engine: ScriptedEngine | None = None, limits: Limits = LIMITS, **parts: Any) -> Api:
+def make_api(
+    engine: ScriptedEngine | None = None, limits: Limits = LIMITS, store: Store | None = None, **parts: Any
+) -> Api:
     engine = engine or ScriptedEngine()
     answers: list[tuple[str, int]] = []
     keys = [Key(name, key_digest(key)) for name, key in parts.pop("keys", {}).items()]
@@ -109,6 +113,7 @@ def make_api(engine: ScriptedEngine | None = None, limits: Limits = LIMITS, **pa
         registry=parts.pop("registry", CollectorRegistry()),
         on_answer=lambda route, status: answers.append((route, status)),
         keys=Keyring(keys) if keys else None,
+        stored=None if store is None else stored_routes(store, None, MODEL, limits),
         **parts,
     )
     return Api(engine, TestClient(app, raise_server_exceptions=False), answers)

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from scripted import EOS, VOCAB_SIZE, ScriptedEngine, tokenizer
 
 from model.config import Activation, ModelConfig
+from server.api.stored import stored_routes
 from server.app import create_app
 from server.engine.admission import Admission
 from server.engine.engine import Engine
@@ -98,9 +99,11 @@ async def tuned(
     observer = Observer(Metrics("gpt2", "0", 1))
     engine = Engine(tokenizer(), Admission(9, 999), observer, request_timeout=60, stall_timeout=60, variants=variants)
     tuning = make_fine_tuning(store, engine, "gpt2", base, CONFIG, Machine(device="cpu", threads=1, **machine))
+    model = replace(MODEL, variants=variants)
     app = create_app(
-        engine=ScriptedEngine(), tokenizer=tokenizer(), model=replace(MODEL, variants=variants), limits=LIMITS,
-        version="0", registry=CollectorRegistry(), on_answer=lambda route, status: None, store=store, tuning=tuning,
+        engine=ScriptedEngine(), tokenizer=tokenizer(), model=model, limits=LIMITS, version="0",
+        registry=CollectorRegistry(), on_answer=lambda route, status: None,
+        stored=stored_routes(store, tuning, model, LIMITS),
     )  # fmt: skip
     transport = httpx.ASGITransport(app=app)
     try:

@@ -67,7 +67,9 @@ def memory(starts: dict[str, dict[str, float]], to: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.4))
     names = list(starts)
     axes.bar(names, [starts[name]["resident_mib"] for name in names], width=0.5, label="resident, all processes")
-    axes.plot(names, [starts[name]["bound_mib"] for name in names], "_", ms=60, color="black", label="bound")
+    for place, name in enumerate(names):
+        bound = starts[name]["bound_mib"]
+        axes.hlines(bound, place - 0.3, place + 0.3, color="black", label="bound" if place == 0 else None)
     axes.set(title="memory after the load", ylabel="MiB")
     axes.legend()
     save(figure, to / "memory.png")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from model.gpt2 import GPT2
-from model.kernels import KernelOps
+from model.kernels.ops import KernelOps
 from model.loading import choose_kv_dtype, load_model
 
 FORMATS: dict[str, tuple[torch.dtype, str | None]] = {

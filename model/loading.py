@@ -11,7 +11,9 @@ from model.errors import DeviceError
 from model.gpt2 import GPT2
 from model.gpu import cuda
 from model.gpu import ops as gpu
-from model.kernels import KernelOps, KernelsUnavailableError, Storage, load
+from model.kernels.layers import Storage
+from model.kernels.library import KernelsUnavailableError, load
+from model.kernels.ops import KernelOps
 from model.memory import give_back
 from model.ops import Ops, TorchOps
 from model.weights import Progress, read_weights

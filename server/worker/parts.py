@@ -13,7 +13,7 @@ from model.gpt2 import GPT2
 from model.gpu import cuda
 from model.gpu.runner import GraphRunner
 from model.grammar import Grammars, Vocabulary
-from model.kernels import KernelOps
+from model.kernels.ops import KernelOps
 from model.kv_cache import KVCache
 from model.loading import choose_device, choose_dtype, choose_kv_dtype, load_model
 from model.ops import Ops

@@ -18,7 +18,7 @@ from model.adapters import read_adapter
 from model.config import read_config
 from model.errors import AdapterError, ConfigError, ModelError
 from model.gpt2 import GPT2
-from model.kernels import KernelsUnavailableError, load
+from model.kernels.library import KernelsUnavailableError, load
 from model.kv_cache import KVCache
 from model.loading import choose_ops
 from model.ops import Ops

@@ -15,18 +15,11 @@ from model.batch import Batch, Wanted
 from model.config import Activation, parse_config
 from model.errors import DeviceError
 from model.gpt2 import GPT2
-from model.kernels import (
-    LEVELS,
-    Forward,
-    KernelEmbedding,
-    KernelOps,
-    Kernels,
-    KernelsUnavailableError,
-    PackedLinear,
-    Storage,
-    load,
-    structs,
-)
+from model.kernels import structs
+from model.kernels.forward import Forward
+from model.kernels.layers import KernelEmbedding, KernelNorm, PackedLinear, Storage
+from model.kernels.library import LEVELS, Kernels, KernelsUnavailableError, load
+from model.kernels.ops import KernelOps
 from model.kv_cache import KVCache, LayerCache
 from model.linear import activate
 from model.loading import choose_kv_dtype, choose_ops
@@ -63,7 +56,7 @@ def make_linear(kernels: Kernels, shape: tuple[int, int], storage: Storage) -> t
     """A packed layer, its weight and its bias in float64."""
     inputs, outputs = shape
     weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
-    return kernels.pack_linear(weight, bias, storage), weight.double(), bias.double()
+    return PackedLinear(kernels, weight, bias, storage), weight.double(), bias.double()
 
 
 # int8: 8-bit activations keep about 1 % of the result's norm as error, 7-bit ones (no VNNI) 2 to 3 %.
@@ -117,7 +110,7 @@ def test_the_vocabulary_head(kernels: Kernels) -> None:
 @pytest.mark.parametrize("activation", Activation)
 def test_activations(kernels: Kernels, activation: Activation) -> None:
     weight = torch.eye(40)
-    linear = kernels.pack_linear(weight, None)
+    linear = PackedLinear(kernels, weight, None)
     x = torch.cat([torch.linspace(-12, 12, 397), torch.tensor([-100.0, 0.0, 100.0])]).view(10, 40)
     torch.testing.assert_close(
         linear(x, activation=activation).double(), activate(x.double(), activation), atol=1e-6, rtol=1e-6
@@ -127,14 +120,14 @@ def test_activations(kernels: Kernels, activation: Activation) -> None:
 def test_transposed_weights_and_no_bias(kernels: Kernels) -> None:
     weight = torch.randn(70, 50)  # as Hugging Face's Conv1D keeps it: (in, out)
     x = torch.randn(4, 70)
-    torch.testing.assert_close(kernels.pack_linear(weight.T, None)(x), x @ weight, atol=1e-4, rtol=0)
+    torch.testing.assert_close(PackedLinear(kernels, weight.T, None)(x), x @ weight, atol=1e-4, rtol=0)
 
 
 def test_int8_of_zeros_is_the_bias(kernels: Kernels) -> None:
     bias = torch.randn(20)
-    linear = kernels.pack_linear(torch.zeros(20, 30), bias, Storage.INT8)
+    linear = PackedLinear(kernels, torch.zeros(20, 30), bias, Storage.INT8)
     assert torch.equal(linear(torch.randn(2, 30)), bias.expand(2, -1))
-    linear = kernels.pack_linear(torch.randn(20, 30), bias, Storage.INT8)
+    linear = PackedLinear(kernels, torch.randn(20, 30), bias, Storage.INT8)
     assert torch.equal(linear(torch.zeros(2, 30)), bias.expand(2, -1))
 
 
@@ -144,7 +137,7 @@ def test_int8_of_zeros_is_the_bias(kernels: Kernels) -> None:
 @pytest.mark.parametrize("width", [768, 100, 7])
 def test_norm(kernels: Kernels, width: int) -> None:
     x, weight, bias = torch.randn(9, width) * 3 + 1, torch.randn(width), torch.randn(width)
-    norm = kernels.norm(weight, bias, 1e-5)
+    norm = KernelNorm(kernels, weight, bias, 1e-5)
     found = norm(x)
     expected = functional.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
@@ -164,7 +157,7 @@ def test_tokens_are_embedded_with_what_the_head_holds(kernels: Kernels, storage:
     }[storage]
     none = torch.empty(0, dtype=torch.int32)
     batch = Batch(tokens, positions, torch.empty(0, dtype=torch.int64), none, none, none.view(0, 0), ())
-    embed = kernels.embedding(kernels.pack_linear(wte, None, storage), wpe)
+    embed = KernelEmbedding(kernels, PackedLinear(kernels, wte, None, storage), wpe)
     assert torch.equal(embed(batch), held[tokens] + wpe[positions])
 
 

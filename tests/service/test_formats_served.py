@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from serving import RunningServer, serving
 
-from model.kernels import KernelsUnavailableError, load
+from model.kernels.library import KernelsUnavailableError, load
 
 SCORED: dict[str, Any] = {"prompt": "It was the best of times, it was the worst of times", "echo": True, "logprobs": 0}
 FORMATS = {"int8": ["--quantization", "int8"], "fp16": ["--dtype", "float16"]}

@@ -25,8 +25,8 @@ from stepping import Answer, Shape, Stepper, load
 from model.config import read_config
 from model.errors import DeviceError
 from model.gpt2 import GPT2
-from model.kernels import KernelsUnavailableError
-from model.kernels import load as load_kernels
+from model.kernels.library import KernelsUnavailableError
+from model.kernels.library import load as load_kernels
 from model.sampling_params import SamplingParams
 from model.step import TokenLogprobs
 from model.weights import expected_shapes

@@ -14,7 +14,7 @@ from server.lifecycle import build
 from server.settings import flags, read_settings
 from server.worker.messages import Ready
 
-EXAMPLE = '"prompt": "It was a dark and stormy night, and", "max_tokens": 40, "temperature": 0.7, "seed": 27'
+EXAMPLE = '"prompt": "It was a dark and stormy night, and", "max_tokens": 40, "temperature": 0.7, "seed": 51'
 BAR = 30  # characters
 ERASE_LINE = "\r\x1b[K"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ FLAGS = [
     "--disable-sync",
 ]
 ENDS = ".answer h2 span:last-child"  # where a card says how its answer ended
-SCREENSHOTS = os.environ.get("PLAYGROUND_SCREENSHOTS")  # a folder to leave pictures in
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +53,6 @@ def page(browser: playwright.Browser, server: RunningServer) -> Iterator[playwri
 def fill(page: playwright.Page, **values: object) -> None:
     for name, value in values.items():
         page.fill(f"[name={name}]", str(value))
-
-
-def picture(page: playwright.Page, name: str) -> None:
-    if SCREENSHOTS:
-        page.screenshot(path=f"{SCREENSHOTS}/{name}.png", full_page=True)
 
 
 def test_it_streams_what_the_api_says(page: playwright.Page, server: RunningServer) -> None:
@@ -94,7 +87,6 @@ def test_several_answers_stand_side_by_side(page: playwright.Page) -> None:
     tops = page.evaluate("[...document.querySelectorAll('.answer')].map((card) => card.getBoundingClientRect().top)")
     assert len(tops) == 3
     assert len(set(tops)) == 1
-    picture(page, "playground-answers")
 
 
 def test_it_can_be_stopped(page: playwright.Page, server: RunningServer) -> None:
@@ -117,7 +109,6 @@ def test_a_text_is_scored(page: playwright.Page, server: RunningServer) -> None:
     rows = server.complete(prompt=text, max_tokens=0, echo=True, logprobs=0)["choices"][0]["logprobs"]["token_logprobs"]
     perplexity = 2.718281828459045 ** (-sum(rows[1:]) / len(rows[1:]))
     assert f"{len(rows)} tokens · perplexity {perplexity:.1f}" in page.inner_text("#score-figures")
-    picture(page, "playground-score")
 
 
 def test_the_curl_it_copies_works(page: playwright.Page) -> None:
@@ -148,7 +139,6 @@ def test_dark_light_and_a_phone(page: playwright.Page) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != back
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    picture(page, "playground-phone")
 
 
 def test_its_policy_lets_nothing_else_in(server: RunningServer) -> None:

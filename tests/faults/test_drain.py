@@ -129,6 +129,7 @@ def test_f3_a_server_that_is_killed_leaves_nothing_behind(stuck: bool, tiny: Pat
         if stuck:
             os.kill(server.worker_pid, signal.SIGSTOP)
         server.process.kill()
+        server.process.wait(30)  # a leader that is a zombie already may still have threads that end
         check_gone(processes)
         with pytest.raises(httpx.TransportError):
             answer.result()

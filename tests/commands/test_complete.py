@@ -52,7 +52,8 @@ def test_mistakes_are_one_line(arguments: list[str], status: int, line: str, tin
 
 def test_ctrl_c_ends_it_at_once_and_leaves_nothing(tiny: Path) -> None:
     flags = ["--model", str(tiny), "--threads", "1", "--max-tokens", "1000", "--set", "ignore_eos=true"]
-    command = [*COMMAND, "a", *flags, "--set", "n=16"]
+    # Jobs that a shell has put in the background ignore it, and so would what they start.
+    command = ["env", "--default-signal=INT", *COMMAND, "a", *flags, "--set", "n=16"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout is not None
         process.stdout.read(1)

@@ -14,14 +14,14 @@ install: $(VENV)/.installed  ## what serving needs
 $(VENV)/.installed: pyproject.toml setup.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps $(VENV)
 	@echo "Installing gpt2-server into $(VENV) …"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable .
 	@touch $@
 
 dev: $(VENV)/.dev  ## what tests and checks need too
 
 $(VENV)/.dev: $(VENV)/.installed scripts/dev_requirements.py scripts/system_tools.sh
 	@echo "Installing the development tools …"
-	@$(BIN)/python scripts/dev_requirements.py | xargs -d '\n' $(BIN)/python -m pip install --quiet --disable-pip-version-check
+	@$(BIN)/python scripts/dev_requirements.py | xargs -d '\n' $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 	@sh scripts/system_tools.sh
 	@touch $@
 

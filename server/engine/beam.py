@@ -117,7 +117,7 @@ class BeamGeneration(RunningGeneration):
         """Of tokens, those of the beams that were kept to the end."""
         beams = [beam for search in self._searches if search.done for _, beam in search.finished]
         return Usage(
-            prompt_tokens=sum(len(prompt.token_ids) for prompt in self.request.prompts),
+            prompt_tokens=self.request.prompt_tokens,
             completion_tokens=sum(len(beam.tokens) for beam in beams),
             cached_tokens=self._cached_tokens,
         )

@@ -11,7 +11,6 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from model.sampling_params import SamplingParams
@@ -112,7 +111,7 @@ class Engine:
         except TryLater as refusal:
             self._observer.rejected(refusal)
             raise
-        self._charge(request, _cost(request))
+        self._charge(request, request.most_tokens)
         self._observer.entered(request)
         generation = self._generation(request)
         self._generations.add(generation)
@@ -158,8 +157,8 @@ class Engine:
         wait = 0.0 if self._buckets is None else self._buckets.wait(request.key_name, time.monotonic())
         if wait > 0:
             raise RateLimited("This key has used up its tokens per minute. Please try again later.", retry_after=wait)
-        queued = [_prompt_tokens(each.request) for each in self._queue()]
-        self._admission.check(_prompt_tokens(request), queued, self._observer.tokens_per_second)
+        queued = [each.request.prompt_tokens for each in self._queue()]
+        self._admission.check(request.prompt_tokens, queued, self._observer.tokens_per_second)
 
     def _queue(self) -> Iterator[RunningGeneration]:
         return (each for each in self._generations if not each.started and not each.request.background)
@@ -186,7 +185,7 @@ class Engine:
         for place, prompt in enumerate(request.prompts):
             for k in range(request.best_of):
                 output = ChoiceOutput(request, prompt, place * request.n + k, self._tokenizer, self._texts)
-                params = _params_of(request, k)
+                params = request.params_of(k)
                 candidates.append(Candidate(next(self._ids), prompt, params, output, echo=request.echo))
         return candidates
 
@@ -195,9 +194,9 @@ class Engine:
         self._generations.discard(generation)
         if generation.expiry is not None:
             generation.expiry.cancel()
-        used = generation.usage
-        self._charge(generation.request, used.prompt_tokens + used.completion_tokens - _cost(generation.request))
-        self._observer.left(generation.request, used, generation.longest)
+        request, used = generation.request, generation.usage
+        self._charge(request, used.prompt_tokens + used.completion_tokens - request.most_tokens)
+        self._observer.left(request, used, generation.longest)
         for candidate in self._drop(generation):
             self._observer.aborted(candidate)
 
@@ -394,20 +393,3 @@ class Engine:
         """The books: every running candidate belongs to a request that is open, and an idle engine holds nothing."""
         assert all(generation in self._generations for _, generation in self._running.values())
         assert not self.idle or not self._running
-
-
-def _prompt_tokens(request: GenerationRequest) -> int:
-    return sum(len(prompt.token_ids) for prompt in request.prompts)
-
-
-def _cost(request: GenerationRequest) -> int:
-    """Tokens it may use at most."""
-    return _prompt_tokens(request) + len(request.prompts) * request.best_of * request.params.max_tokens
-
-
-def _params_of(request: GenerationRequest, k: int) -> SamplingParams:
-    """Of candidate k: its own random numbers, and the scores that best_of ranks by."""
-    params = replace(request.params, choice=k)
-    if request.best_of > request.n and params.logprobs is None:
-        params = replace(params, logprobs=0)
-    return params

@@ -43,7 +43,7 @@ class RunningGeneration:
     def usage(self) -> Usage:
         firsts = self.candidates[:: self.request.best_of]
         return Usage(
-            prompt_tokens=sum(len(prompt.token_ids) for prompt in self.request.prompts),
+            prompt_tokens=self.request.prompt_tokens,
             completion_tokens=sum(len(candidate.tokens) for candidate in self.candidates),
             cached_tokens=sum(candidate.cached_tokens for candidate in firsts),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
@@ -56,6 +56,23 @@ class GenerationRequest:
     def background(self) -> bool:
         """Nobody waits for it: no queue, quota or deadline is for it."""
         return self.priority >= BACKGROUND
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Each prompt once, however many choices."""
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def most_tokens(self) -> int:
+        """What it may use, prompts and completions together."""
+        return self.prompt_tokens + len(self.prompts) * self.best_of * self.params.max_tokens
+
+    def params_of(self, k: int) -> SamplingParams:
+        """Of candidate k: its own random numbers, and the scores that best_of ranks by."""
+        params = replace(self.params, choice=k)
+        if self.best_of > self.n and params.logprobs is None:
+            params = replace(params, logprobs=0)
+        return params
 
 
 @dataclass(frozen=True, slots=True)

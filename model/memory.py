@@ -46,7 +46,7 @@ class HugePages:
 
 class ReusedRows:
     """Memory for one large result after another. Freed, each would leave a hole in the heap that the next, longer one
-    does not fit in: a batch that fills row by row left 40 MB of them."""
+    does not fit in: a batch that fills row by row left 30 MB of them."""
 
     def __init__(self, width: int) -> None:
         self._width = width

@@ -179,7 +179,8 @@ class Listening:
     async def __aexit__(self, *_: object) -> None:
         self._client.close()
         self._server.should_exit = True
-        await asyncio.wait_for(self._task, 10)
+        async with asyncio.timeout(10):
+            await self._task
 
 
 async def read_at(rate: int | None, seconds: float, *, streams: bool) -> bool:
@@ -192,10 +193,12 @@ async def read_at(rate: int | None, seconds: float, *, streams: bool) -> bool:
         try:
             while loop.time() < end and not app.left.is_set():
                 if rate is not None:
-                    await asyncio.wait_for(loop.sock_recv(client, max(rate // 20, 1)), 1)
+                    async with asyncio.timeout(1):
+                        await loop.sock_recv(client, max(rate // 20, 1))
                 await asyncio.sleep(0.05)
         except ConnectionResetError:
-            await asyncio.wait_for(app.left.wait(), 5)
+            async with asyncio.timeout(5):
+                await app.left.wait()
         return app.left.is_set()
 
 
@@ -225,7 +228,8 @@ async def largest_read(monkeypatch: pytest.MonkeyPatch) -> int:
         loop = asyncio.get_running_loop()
         chunks = b"1\r\n \r\n" * 20_000 + b"0\r\n\r\n"
         await loop.sock_sendall(client, b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
-        assert (await asyncio.wait_for(loop.sock_recv(client, 100), 30)).startswith(b"HTTP/1.1 200 ")
+        async with asyncio.timeout(30):
+            assert (await loop.sock_recv(client, 100)).startswith(b"HTTP/1.1 200 ")
     return max(sizes)
 
 

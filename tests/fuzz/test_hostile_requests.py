@@ -108,7 +108,8 @@ async def storm(server: RunningServer, count: int, seed: int) -> Counter[str]:
         for number in left:
             request = hostile(random.Random(f"{seed} {number}"))
             try:
-                answer = await asyncio.wait_for(connection.ask(request), HANG)
+                async with asyncio.timeout(HANG):
+                    answer = await connection.ask(request)
                 if answer is None:
                     assert not request.whole, "no answer"
                     seen["none"] += 1

@@ -66,9 +66,9 @@ def test_rows_are_reused_and_grow() -> None:
 def test_code_that_starting_needed_is_let_go_and_comes_back_where_it_is_called() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     given_back, computed, came_back = map(float, done.stdout.split())
-    assert given_back > 25
     assert computed == pytest.approx(40)
-    assert 0 < came_back < given_back  # how much around what is called is the system's choice
+    assert came_back > 0
+    assert given_back - came_back > 30  # how much around what is called is mapped with it differs between file systems
 
 
 def test_it_does_nothing_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:

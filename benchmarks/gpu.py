@@ -37,7 +37,7 @@ from model.loading import choose_device, choose_dtype
 from model.sampling_params import SamplingParams
 from model.weights import expected_shapes
 from server.worker.messages import Add, Start
-from server.worker.parts import count_blocks, load_networks, make_runner, make_scheduler
+from server.worker.parts import count_blocks, load_networks, make_runner, make_scheduler, make_variants
 from server.worker.pipeline import Pipeline
 
 SHAPES = {  # layers, width, heads
@@ -99,7 +99,8 @@ class Engine:
         self.itemsize = networks.kv_dtype.itemsize
         self.device = networks.device
         self._scheduler = make_scheduler(start, networks, blocks, None)
-        self._pipeline = Pipeline(self._scheduler, make_runner(start, networks, blocks))
+        runner = make_runner(start, networks, blocks, make_variants(start, networks))
+        self._pipeline = Pipeline(self._scheduler, runner)
         self._ids = itertools.count()
 
     def run(self, prompts: list[list[int]], tokens: int) -> Run:
@@ -190,7 +191,8 @@ def transformers_rates(directory: Path, device: torch.device, dtype: torch.dtype
     """Output tokens a second, prompts included, of its two ways; the reason where one does not run."""
     from transformers import GenerationConfig, GPT2LMHeadModel  # noqa: PLC0415  only this function needs the peer
 
-    network = GPT2LMHeadModel.from_pretrained(directory, dtype=dtype).to(device).eval()
+    network = GPT2LMHeadModel.from_pretrained(directory, dtype=dtype).eval()
+    network.to(device)
     prompts = prompts_of(streams)
     ids = torch.tensor(prompts, device=device)
     common = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 50256}

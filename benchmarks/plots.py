@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 STREAMS = re.compile(r"128 in / 64 out, (\d+) streams?")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.figsize": (12, 3.9),
     "figure.constrained_layout.use": True,
     "axes.grid": True,
@@ -69,7 +69,7 @@ def memory(starts: dict[str, dict[str, float]], to: Path) -> None:
     axes.bar(names, [starts[name]["resident_mib"] for name in names], width=0.5, label="resident, all processes")
     for place, name in enumerate(names):
         bound = starts[name]["bound_mib"]
-        axes.hlines(bound, place - 0.3, place + 0.3, color="black", label="bound" if place == 0 else None)
+        axes.hlines(bound, place - 0.3, place + 0.3, color="black", label="bound" if place == 0 else "_")
     axes.set(title="memory after the load", ylabel="MiB")
     axes.legend()
     save(figure, to / "memory.png")

@@ -1,0 +1,22 @@
+"""The one command that settles what a GPU does must not fail the day there is one: here it runs on the CPU."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from benchmarks import gpu
+
+
+def test_the_benchmark_checks_parity_and_prints_its_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--device", "cpu", "--dtype", "float32", "--shapes", "tiny", "--streams", "1", "8", "--no-peer"]
+    monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
+    gpu.main()
+    said = capsys.readouterr().out
+    assert "Parity: 16 of 16 greedy texts of 100 tokens are the CPU's, in float32" in said
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| tiny")]
+    assert [row[:2] for row in rows] == [["tiny", "1"], ["tiny", "8"]]
+    assert all(float(cell.replace(",", "")) > 0 for row in rows for cell in row[1:])

@@ -73,7 +73,8 @@ class Runner:
             parts = self._matcher(new), self._variant(new)
             self.rows[new.id] = Row(new, self._context, self._max_blocks, *parts)
         for chunk in plan.chunks:
-            self.rows[chunk.id].take_blocks(chunk)
+            if chunk.blocks:
+                self.rows[chunk.id].take_blocks(chunk)
 
     def compute(self, plan: StepPlan) -> StepResult:
         """The rest of a step, once its rows are prepared."""

@@ -5,6 +5,8 @@ so a plan names only what changed. A preempted sequence is removed, and added ag
 
 A chunk may read blocks that an earlier chunk of the same plan fills (the samples of one prompt share its blocks from
 the first step on): write a layer's keys and values for all chunks before any attends, or run the chunks in order.
+
+What there is one of for every sequence in every step is a msgspec struct: made in a tenth of a dataclass's time.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
+
+import msgspec
 
 from model.sampling_params import SamplingParams
 
@@ -27,8 +31,7 @@ class NewSequence:
     variant: str | None = None  # of the network, by its key; None for the network itself
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledChunk:
+class ScheduledChunk(msgspec.Struct, frozen=True):
     """Compute tokens [start, start + count) of a sequence; their keys and values go to its block table."""
 
     id: int
@@ -74,8 +77,7 @@ class GrammarState(Enum):
     LOST = "lost"  # a step took more than its limits, or nothing can follow although it is not matched
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(msgspec.Struct, frozen=True):
     id: int  # of the sequence
     token: int
     logprobs: TokenLogprobs | None = None

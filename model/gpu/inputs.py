@@ -15,9 +15,23 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.gpu.accelerator import Accelerator
-from model.row import Span
+from model.gpu.seats import HOST, Seats
+from model.row import Row
 
-HOST = -1  # a token's source: it stands in `tokens`
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Tokens [start, start + count) of each of some rows, that sit at `seats`."""
+
+    rows: list[Row]
+    seats: npt.NDArray[np.int64]  # (chunks,)
+    starts: npt.NDArray[np.int64]  # (chunks,)
+    counts: npt.NDArray[np.int64]  # (chunks,)
+
+    @property
+    def stops(self) -> npt.NDArray[np.int64]:
+        """(chunks,): how long each row's context is once the step has run."""
+        return self.starts + self.counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,55 +59,56 @@ class Layout:
 class StepInputs:
     """Holds what the largest step needs."""
 
-    def __init__(self, accelerator: Accelerator, largest: Layout, block_size: int, scratch_block: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, largest: Layout, block_size: int, scratch_block: int, seats: Seats
+    ) -> None:
         """scratch_block: where rows that pad a batch write their keys and values."""
         size = sum(largest.sizes)
         self._host = [accelerator.host_buffer(size, torch.int32) for _ in range(2)]
         self._device = torch.zeros(size, dtype=torch.int32, device=accelerator.device)
         self._block_size = block_size
         self._scratch_block = scratch_block
+        self._seats = seats
         self._turn = 0
 
-    def load(self, spans: list[Span], sources: dict[int, int], layout: Layout) -> None:
-        """Queue the copy of a step. A layout larger than the spans is filled up with rows that read and write nothing.
+    def load(self, chunks: Chunks, layout: Layout) -> None:
+        """Queue the copy of a step. A layout larger than the chunks is filled up with rows that read and write nothing.
 
-        sources: of a row whose last token is not known here yet, the span's index -> where the device has it.
+        A last token that the device has, by its seat's place, is taken from there.
         """
         self._turn = 1 - self._turn
         host = self._host[self._turn]
-        self._write(layout.parts(host.numpy()), spans, sources, layout)
+        self._write(layout.parts(host.numpy()), chunks, layout)
         used = sum(layout.sizes)
         self._device[:used].copy_(host[:used], non_blocking=True)
 
-    def _write(
-        self, parts: list[npt.NDArray[np.int32]], spans: list[Span], sources: dict[int, int], layout: Layout
-    ) -> None:
-        tokens, origins, positions, slots, starts, contexts, flat = parts
+    def _write(self, parts: list[npt.NDArray[np.int32]], chunks: Chunks, layout: Layout) -> None:
+        tokens, sources, positions, slots, starts, contexts, flat = parts
         tables = flat.reshape(layout.sequences, layout.blocks)
-        size, at = self._block_size, 0
+        counts, count, size = chunks.counts, len(chunks.rows), self._block_size
+        ends = counts.cumsum()  # in the step's rows
+        total = int(ends[-1]) if count else 0
+        owners = np.repeat(np.arange(count), counts)  # (total,)
+        where = np.arange(total) + (chunks.stops - ends)[owners]  # each row's position
+        blocks = self._seats.tables[chunks.seats[owners], where // size]
+        places = self._seats.places[chunks.seats]
+        for i in np.flatnonzero((counts > 1) | (places == HOST)):  # the others' only token is on the device
+            tokens[ends[i] - counts[i] : ends[i]] = chunks.rows[i].tokens[chunks.starts[i] : chunks.stops[i]]
+        sources[:] = HOST
+        sources[ends - 1] = places
+        positions[:total], positions[total:] = where, 0
+        slots[:total], slots[total:] = blocks * size + where % size, self._scratch_block * size
+        tables[:count], tables[count:] = self._seats.tables[chunks.seats, : layout.blocks], self._scratch_block
+        contexts[:count], contexts[count:] = chunks.stops, 1
         starts[0] = 0
-        for i, span in enumerate(spans):
-            row, stop, end = span.row, span.start + span.count, at + span.count
-            where = np.arange(span.start, stop)
-            tokens[at:end] = row.tokens[span.start : stop]
-            origins[at:end] = HOST
-            origins[end - 1] = sources.get(i, HOST)
-            positions[at:end] = where
-            slots[at:end] = row.blocks[where // size] * size + where % size
-            tables[i] = row.blocks[: layout.blocks]
-            contexts[i] = stop
-            starts[i + 1] = at = end
-        tokens[at:] = positions[at:] = 0
-        origins[at:] = HOST
-        slots[at:] = self._scratch_block * size
-        tables[len(spans) :] = self._scratch_block
-        contexts[len(spans) :] = 1
-        starts[len(spans) + 1 :] = np.arange(at + 1, at + 1 + layout.sequences - len(spans))
+        starts[1 : count + 1] = ends
+        starts[count + 1 :] = np.arange(total + 1, total + 1 + layout.sequences - count)
+        tokens[total:] = 0
 
     def batch(self, layout: Layout, sampled: Tensor, spans: tuple[tuple[int, int], ...] = ()) -> Batch:
         """What a step of this layout reads. sampled: (any,) int64, the tokens that sources point to."""
-        tokens, origins, positions, slots, starts, contexts, tables = layout.views(self._device)
-        known = torch.where(origins == HOST, tokens, sampled[origins.clamp(min=0)].int())
+        tokens, sources, positions, slots, starts, contexts, tables = layout.views(self._device)
+        known = torch.where(sources == HOST, tokens, sampled[sources.clamp(min=0)].int())
         return Batch(
             tokens=known,
             positions=positions,

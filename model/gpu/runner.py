@@ -13,21 +13,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.gpt2 import GPT2
 from model.gpu.accelerator import Accelerator
-from model.gpu.inputs import Layout, StepInputs
+from model.gpu.inputs import Chunks, Layout, StepInputs
 from model.gpu.ladder import Ladder
-from model.gpu.sampling import Draw, Sampler, on_device
+from model.gpu.sampling import Sampler, on_device
+from model.gpu.seats import Seats
 from model.kv_cache import KVCache
-from model.row import Row, Span
+from model.row import Row
 from model.runner import Runner
 from model.scores import Scores, score
 from model.step import Done, Pending, SampledToken, ScheduledChunk, StepPlan, StepResult
 
 CAPTURE_SECONDS = 30.0  # rungs that are not recorded by then do without: their steps take the next larger one
+NOBODY = Chunks([], *(np.zeros(0, dtype=np.int64) for _ in range(3)))
 
 
 @dataclass(slots=True)
@@ -35,8 +38,8 @@ class Queued:
     """A step under way. Its rows learn their tokens when it comes home, even rows that have left meanwhile."""
 
     wait: Callable[[], None]
-    chunks: list[ScheduledChunk]  # those that sample
-    rows: list[Row]
+    chunks: list[ScheduledChunk]
+    rows: list[Row]  # theirs
     tokens: Tensor  # (chunks,) int64, on the host, once `wait` is over
     scores: Scores | None
     _result: StepResult | None = None
@@ -45,11 +48,12 @@ class Queued:
         if self._result is None:
             self.wait()
             scores = [None] * len(self.chunks) if self.scores is None else self.scores.rows()
-            tokens = self.tokens.tolist()
-            for row, token in zip(self.rows, tokens, strict=True):
-                row.append(token)
-            told = zip(self.chunks, tokens, scores, strict=True)
-            self._result = StepResult([SampledToken(chunk.id, token, score) for chunk, token, score in told])
+            sampled = []
+            for chunk, row, token, told in zip(self.chunks, self.rows, self.tokens.tolist(), scores, strict=True):
+                if chunk.samples:
+                    row.append(token)
+                    sampled.append(SampledToken(chunk.id, token, told))
+            self._result = StepResult(sampled)
         return self._result
 
 
@@ -79,9 +83,10 @@ class GraphRunner:
         vocab = model.config.vocab_size
         self._ladder = Ladder(max_seqs)
         self._graphs: dict[int, Callable[[], None]] = {}
-        self._inputs = StepInputs(
-            accelerator, Layout(max(max_rows, max_seqs), max_seqs, max_blocks), cache.block_size, scratch_block
-        )
+        self._seats = Seats(max_seqs, max_blocks)
+        self._apart: set[int] = set()  # sequences that are left to the plain runner
+        largest = Layout(max(max_rows, max_seqs), max_seqs, max_blocks)
+        self._inputs = StepInputs(accelerator, largest, cache.block_size, scratch_block, self._seats)
         self._sampler = Sampler(accelerator, max_seqs, vocab)
         self._logits = torch.zeros(max_seqs, vocab, device=accelerator.device)
         self._sampled = torch.zeros(max_seqs, dtype=torch.int64, device=accelerator.device)
@@ -100,7 +105,7 @@ class GraphRunner:
                 self._ladder = self._ladder.without(below=sizes[len(sizes) - done])
                 break
             layout = Layout(size, size, self._max_blocks)
-            self._inputs.load([], {}, layout)
+            self._inputs.load(NOBODY, layout)
             self._graphs[size] = self._accelerator.capture(self._decode_step(layout))
             progress(done + 1, len(sizes))
 
@@ -123,73 +128,69 @@ class GraphRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
         self._plain.prepare(plan)
-        rows = [self._plain.rows[chunk.id] for chunk in plan.chunks]
-        if not all(_alone(row) for row in rows):
+        self._seat(plan)
+        if self._apart and any(chunk.id in self._apart for chunk in plan.chunks):
             self._come_home()
             return Done(self._plain.compute(plan))
-        return self._queue(plan, rows)
+        return self._queue(plan)
 
-    def forget(self, ids: list[int]) -> None:
-        self._plain.forget(ids)
+    def _seat(self, plan: StepPlan) -> None:
+        self._seats.leave(plan.removed)
+        self._apart.difference_update(plan.removed)
+        for new in plan.added:
+            row = self._plain.rows[new.id]
+            self._sampler.keep(self._seats.take(new.id, row), row.params)
+            if not _alone(row):
+                self._apart.add(new.id)
 
     def _come_home(self) -> None:
         if self._queued is not None:
             self._queued.result()
             self._queued = None
+        self._seats.clear_places()
 
-    def _queue(self, plan: StepPlan, rows: list[Row]) -> Queued:
-        spans = [Span(row, chunk.start, chunk.count, chunk.count) for row, chunk in zip(rows, plan.chunks, strict=True)]
-        sources = self._sources(plan.chunks, rows)
-        rung = self._ladder.rung(len(spans)) if plan.decodes else None
-        sampling = [i for i, chunk in enumerate(plan.chunks) if chunk.samples]
+    def _queue(self, plan: StepPlan) -> Queued:
+        """Of every chunk the last row is decided, wanted or not."""
+        ids = [chunk.id for chunk in plan.chunks]
+        rows = [self._plain.rows[id_] for id_ in ids]
+        starts, counts = [chunk.start for chunk in plan.chunks], [chunk.count for chunk in plan.chunks]
+        chunks = Chunks(rows, self._seats.of(ids), np.array(starts), np.array(counts))
+        rung = self._ladder.rung(len(rows)) if plan.decodes else None
         if rung is not None and rung in self._graphs:
-            self._inputs.load(spans, sources, Layout(rung, rung, self._max_blocks))
+            self._inputs.load(chunks, Layout(rung, rung, self._max_blocks))
             self._graphs[rung]()
         else:
-            self._run(spans, sources, sampling)
-        queued = self._sample([plan.chunks[i] for i in sampling], [rows[i] for i in sampling])
-        self._queued = queued
-        return queued
+            self._run(chunks)
+        samples = np.flatnonzero([chunk.samples for chunk in plan.chunks])
+        self._queued = self._decide(plan, chunks)
+        self._seats.place(chunks.seats[samples], samples)
+        return self._queued
 
-    def _sources(self, chunks: list[ScheduledChunk], rows: list[Row]) -> dict[int, int]:
-        """Where the device has the last token of chunks whose rows do not know it yet."""
-        if self._queued is None:
-            return {}
-        places = {id(row): place for place, row in enumerate(self._queued.rows)}
-        ends = [chunk.start + chunk.count for chunk in chunks]
-        pairs = enumerate(zip(rows, ends, strict=True))
-        return {i: places[id(row)] for i, (row, end) in pairs if end > row.length}
-
-    def _run(self, spans: list[Span], sources: dict[int, int], sampling: list[int]) -> None:
+    def _run(self, chunks: Chunks) -> None:
         """A step that no graph has: its last rows' logits and their largest, where a graph would leave them."""
-        size = self._cache.block_size
-        width = max(-(-(span.start + span.count) // size) for span in spans)
-        layout = Layout(sum(span.count for span in spans), len(spans), width)
-        self._inputs.load(spans, sources, layout)
-        counts = tuple((span.count, span.start + span.count) for span in spans)
-        batch = self._inputs.batch(layout, self._sampled, counts)
+        count, stops = len(chunks.rows), chunks.stops
+        layout = Layout(int(chunks.counts.sum()), count, -(-int(stops.max()) // self._cache.block_size))
+        self._inputs.load(chunks, layout)
+        spans = tuple(zip(chunks.counts.tolist(), stops.tolist(), strict=True))
+        batch = self._inputs.batch(layout, self._sampled, spans)
         hidden = self._model.forward(batch, self._cache)
-        if sampling:
-            pieces = hidden.split([span.count for span in spans])
-            logits = self._model.logits(torch.cat([pieces[i][-1:] for i in sampling]))
-            self._logits[: len(sampling)] = logits
-            self._sampled[: len(sampling)] = logits.argmax(dim=-1)
+        self._logits[:count] = self._model.logits(hidden[batch.query_starts[1:] - 1])
+        self._sampled[:count] = self._logits[:count].argmax(dim=-1)
 
-    def _sample(self, chunks: list[ScheduledChunk], rows: list[Row]) -> Queued:
-        """Decide what is not greedy, and send the tokens home."""
-        count = len(chunks)
+    def _decide(self, plan: StepPlan, chunks: Chunks) -> Queued:
+        """Draw what is not greedy, and send the tokens home."""
+        rows, count = chunks.rows, len(chunks.rows)
         logits, tokens = self._logits[:count], self._sampled[:count]
-        ends = [chunk.start + chunk.count for chunk in chunks]
-        draws = [Draw(row.params, row.uniform(end)) for row, end in zip(rows, ends, strict=True)]
-        chosen = self._sampler.refine(logits, tokens, draws) if draws else tokens
-        if chosen is not tokens:
-            tokens.copy_(chosen)
+        if drawn := self._sampler.drawn(chunks.seats):
+            uniforms, stops = np.zeros(count), chunks.stops.tolist()
+            uniforms[drawn] = [rows[i].uniform(stops[i]) for i in drawn]
+            tokens.copy_(self._sampler.refine(logits, tokens, chunks.seats, uniforms))
         scored = [row.params.logprobs for row in rows]
         scores = None if all(top is None for top in scored) else score(logits, tokens, scored)
         self._turn = 1 - self._turn
         home = self._home[self._turn][:count]
         home.copy_(tokens, non_blocking=True)
-        return Queued(self._accelerator.mark(), chunks, rows, home, scores)
+        return Queued(self._accelerator.mark(), plan.chunks, rows, home, scores)
 
 
 def _alone(row: Row) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -54,65 +55,66 @@ def way(params: SamplingParams) -> Way:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """What decides one row, beside its logits."""
-
-    params: SamplingParams
-    uniform: float  # in [0, 1)
-
-
-@dataclass(frozen=True, slots=True)
 class Controls:
     """Of a batch, on the device: (rows, 1) float64 each."""
 
-    ways: Tensor
     uniform: Tensor
+    ways: Tensor
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
 
     def rows(self, start: int, stop: int) -> Controls:
-        parts = self.ways, self.uniform, self.temperature, self.top_k, self.top_p, self.min_p
+        parts = self.uniform, self.ways, self.temperature, self.top_k, self.top_p, self.min_p
         return Controls(*(part[start:stop] for part in parts))
 
 
 class Sampler:
-    """Owns the buffers its controls travel in, two in turn on the host's side."""
+    """Knows the parameters of each seat, and owns the buffers they travel in, two in turn on the host's side."""
 
-    def __init__(self, accelerator: Accelerator, max_rows: int, vocab_size: int) -> None:
-        size = 6 * max_rows
+    def __init__(self, accelerator: Accelerator, seats: int, vocab_size: int) -> None:
+        size = 6 * seats
         self._vocab_size = vocab_size
+        self._seats: npt.NDArray[np.float64] = np.zeros((seats, 5))  # way, temperature, top_k, top_p, min_p
         self._host = [accelerator.host_buffer(size, torch.float64) for _ in range(2)]
         self._device = torch.zeros(size, dtype=torch.float64, device=accelerator.device)
         self._turn = 0
 
-    def refine(self, logits: Tensor, greedy: Tensor, draws: list[Draw]) -> Tensor:
-        """The rows' tokens, (rows,) int64. logits: (rows, vocab) fp32; greedy: (rows,) int64, their largest."""
-        ways = {way(draw.params) for draw in draws} - {Way.GREEDY}
-        if not ways:
-            return greedy
-        controls = self._load(draws)
+    def keep(self, seat: int, params: SamplingParams) -> None:
+        """Decide what sits there by these from now on."""
+        top_k = self._vocab_size if params.top_k is None else params.top_k
+        temperature = 1.0 if params.greedy else params.temperature
+        self._seats[seat] = way(params), temperature, top_k, params.top_p, params.min_p
+
+    def drawn(self, seats: npt.NDArray[np.int64]) -> list[int]:
+        """Which of these rows need a random number."""
+        return np.flatnonzero(self._seats[seats, 0] != Way.GREEDY).tolist()
+
+    def refine(
+        self, logits: Tensor, greedy: Tensor, seats: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]
+    ) -> Tensor:
+        """The rows' tokens, (rows,) int64. logits: (rows, vocab) fp32; greedy: (rows,) int64, their largest.
+
+        seats, uniforms: (rows,); the latter in [0, 1), and anything where the row is not drawn.
+        """
+        ways = {Way(each) for each in np.unique(self._seats[seats, 0])} - {Way.GREEDY}
+        controls, rows = self._load(seats, uniforms), len(seats)
         pieces = []
-        for start in range(0, len(draws), SLICE):
-            stop = min(start + SLICE, len(draws))
+        for start in range(0, rows, SLICE):
+            stop = min(start + SLICE, rows)
             pieces.append(_pick(logits[start:stop], greedy[start:stop], controls.rows(start, stop), ways))
         return torch.cat(pieces)
 
-    def _load(self, draws: list[Draw]) -> Controls:
+    def _load(self, seats: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]) -> Controls:
         self._turn = 1 - self._turn
-        host, rows = self._host[self._turn], len(draws)
+        host, rows = self._host[self._turn], len(seats)
         table = host.numpy()[: 6 * rows].reshape(6, rows)
-        table[:] = np.array([self._row(draw) for draw in draws]).T
+        table[0] = uniforms
+        table[1:] = self._seats[seats].T
         device = self._device[: 6 * rows]
         device.copy_(host[: 6 * rows], non_blocking=True)
         return Controls(*device.view(6, rows, 1).unbind(0))
-
-    def _row(self, draw: Draw) -> tuple[float, ...]:
-        params = draw.params
-        top_k = self._vocab_size if params.top_k is None else params.top_k
-        temperature = 1.0 if params.greedy else params.temperature
-        return float(way(params)), draw.uniform, temperature, float(top_k), params.top_p, params.min_p
 
 
 def _pick(logits: Tensor, tokens: Tensor, controls: Controls, ways: set[Way]) -> Tensor:

@@ -27,9 +27,10 @@ blocks borrowed for them go back. Until that is known, the sequence is left out 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import replace
 from itertools import pairwise
 from operator import attrgetter
+
+from msgspec.structs import replace
 
 from model.step import NewSequence, SampledToken, ScheduledChunk, StepPlan, StepResult
 from server.worker.block_pool import BlockPool

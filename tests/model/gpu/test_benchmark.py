@@ -1,4 +1,4 @@
-"""The one command that settles what a GPU does must not fail the day there is one: here it runs on the CPU."""
+"""The commands that settle what a GPU does must not fail the day there is one: here they run on the CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, host
 
 
 def test_the_benchmark_checks_parity_and_prints_its_table(
@@ -19,4 +19,14 @@ def test_the_benchmark_checks_parity_and_prints_its_table(
     assert "Parity: 16 of 16 greedy texts of 100 tokens are the CPU's, in float32" in said
     rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| tiny")]
     assert [row[:2] for row in rows] == [["tiny", "1"], ["tiny", "8"]]
+    assert all(float(cell.replace(",", "")) > 0 for row in rows for cell in row[1:])
+
+
+def test_what_the_host_does_for_a_step_can_be_measured_without_a_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["host", "--streams", "1", "9"])
+    host.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[0] for row in rows] == ["1", "9"]
     assert all(float(cell.replace(",", "")) > 0 for row in rows for cell in row[1:])

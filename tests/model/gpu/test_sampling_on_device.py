@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,12 +14,20 @@ from standin import StandIn
 from torch import Tensor
 
 from model.dry import DryParams
-from model.gpu.sampling import Draw, Sampler, on_device
+from model.gpu.sampling import Sampler, on_device
 from model.picking import pick
 from model.sampling_params import SamplingParams
 from model.sampling_row import SamplingRow
 
 VOCAB = 700
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What decides one row, beside its logits."""
+
+    params: SamplingParams
+    uniform: float
 
 
 def params(**fields: Any) -> SamplingParams:
@@ -44,7 +54,13 @@ def row_of(draw: Draw) -> SamplingRow:
 
 
 def refine(logits: Tensor, rows: list[Draw]) -> list[int]:
-    tokens: list[int] = Sampler(StandIn(), len(rows), VOCAB).refine(logits, logits.argmax(-1), rows).tolist()
+    """The first row has the last seat."""
+    sampler, seats = Sampler(StandIn(), len(rows), VOCAB), np.arange(len(rows))[::-1].copy()
+    for seat, row in zip(seats, rows, strict=True):
+        sampler.keep(int(seat), row.params)
+    assert sampler.drawn(seats) == [i for i, row in enumerate(rows) if not row.params.greedy]
+    uniforms = np.array([row.uniform for row in rows])
+    tokens: list[int] = sampler.refine(logits, logits.argmax(-1), seats, uniforms).tolist()
     return tokens
 
 

@@ -1,0 +1,122 @@
+"""What the host does for a step of a GPU: `python -m benchmarks.host`. Needs no GPU.
+
+The whole engine runs, graphs and queue included, on a device that does nothing and takes no time. What is left is what
+Python does for each decode step: planning, laying out, launching, taking in, and packing the message to the api
+process. A device is busy all the time only if that is shorter than its own step; no engine is faster than its host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import msgspec
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import checkpoint
+from benchmarks.machine import machine
+from model.config import read_config
+from model.gpt2 import GPT2
+from model.gpu.attention import GatheredAttention
+from model.gpu.ops import GpuOps
+from model.gpu.runner import GraphRunner
+from model.kv_cache import KVCache
+from model.runner import Runner
+from model.sampling_params import SamplingParams
+from model.weights import read_weights
+from server.worker.block_pool import BlockPool
+from server.worker.messages import Add, Step
+from server.worker.pipeline import Pipeline
+from server.worker.scheduler import Scheduler
+
+CPU = torch.device("cpu")
+PROMPT, ANSWER, CONTEXT, BLOCK_SIZE = 16, 240, 1024, 16
+
+
+class Nothing:
+    """An Accelerator that records what it is told, and then does none of it."""
+
+    @property
+    def device(self) -> torch.device:
+        return CPU
+
+    def host_buffer(self, size: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype)
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        return lambda: None
+
+    def mark(self) -> Callable[[], None]:
+        return lambda: None
+
+
+def load(directory: Path) -> GPT2:
+    config = read_config(directory)
+    with torch.inference_mode():
+        ops = GpuOps(CPU, torch.float32, GatheredAttention(), deterministic=False)
+        return GPT2(config, read_weights(directory, config), ops)
+
+
+def make(network: GPT2, streams: int) -> tuple[Scheduler, Pipeline]:
+    blocks = max(CONTEXT // BLOCK_SIZE, streams * (PROMPT + ANSWER) // BLOCK_SIZE) + streams
+    cache = KVCache(network.config, blocks + 1, BLOCK_SIZE, torch.float32, CPU)
+    runner = GraphRunner(
+        Runner(network, cache, CPU, CONTEXT), network, cache, Nothing(),
+        max_rows=8192, max_seqs=streams, max_blocks=CONTEXT // BLOCK_SIZE, scratch_block=blocks,
+    )  # fmt: skip
+    runner.capture(lambda done, of: None)
+    scheduler = Scheduler(
+        BlockPool(blocks, BLOCK_SIZE, enable_prefix_caching=True),
+        max_num_seqs=streams,
+        max_num_batched_tokens=8192,
+        max_model_len=CONTEXT,
+        eos_token_id=network.config.eos_token_id,
+    )
+    return scheduler, Pipeline(scheduler, runner)
+
+
+def measure(network: GPT2, streams: int) -> list[float]:
+    """Milliseconds of a decode step: in all, planning, laying out and launching, taking in, packing."""
+    scheduler, pipeline = make(network, streams)
+    noise, encoder = random.Random(1), msgspec.msgpack.Encoder()
+    for id_ in range(streams):
+        params = SamplingParams(seed=id_, temperature=0.0, max_tokens=ANSWER, ignore_eos=True)
+        prompt = [noise.randrange(50000) for _ in range(PROMPT)]
+        scheduler.add(Add(id=id_, prompt=prompt, params=params))
+    found = []
+    while True:
+        began = perf_counter()
+        landed = pipeline.step()
+        if landed is None:
+            break
+        stepped = perf_counter()
+        encoder.encode(Step(landed.outputs, scheduler.stats(), 0, None))
+        packed = perf_counter()
+        if landed.plan.decodes:
+            found.append((packed - began, landed.schedule, landed.run, landed.update, packed - stepped))
+    return [1e3 * median(column) for column in zip(*found, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32, 128, 512])
+    arguments = parser.parse_args()
+    print(f"{machine()}, PyTorch {torch.__version__}\n")
+    print("| streams | ms a step | planning | launching | taking in | packing | tok/s at most |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    with checkpoint("tiny") as directory:
+        network = load(directory)
+        for streams in arguments.streams:
+            times = measure(network, streams)
+            cells = [str(streams), *(f"{each:.3f}" for each in times), f"{1e3 * streams / times[0]:,.0f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

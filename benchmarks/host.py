@@ -70,7 +70,7 @@ def make(network: GPT2, streams: int) -> tuple[Scheduler, Pipeline]:
         Runner(network, cache, CPU, CONTEXT), network, cache, Nothing(),
         max_rows=8192, max_seqs=streams, max_blocks=CONTEXT // BLOCK_SIZE, scratch_block=blocks,
     )  # fmt: skip
-    runner.capture(lambda done, of: None)
+    runner.capture()
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK_SIZE, enable_prefix_caching=True),
         max_num_seqs=streams,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Protocol
 
 from server.api.keys import Keyring
@@ -23,7 +24,7 @@ from server.assembly import POLL, Backend, assemble, read_keys
 from server.errors import Draining, EngineError, SettingsError
 from server.http import BACKLOG, Edges, HTTPServer, http_server
 from server.settings import Settings
-from server.worker.messages import Ready
+from server.worker.messages import Ready, Starting
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ LAG_PERIOD = 0.25  # seconds between looks at how late the event loop is
 class Announcer(Protocol):
     """Whoever tells the operator how the start goes."""
 
-    def loading(self, share: float) -> None:
-        """Called often, with the share of the weights that was read."""
+    def starting(self, progress: Starting) -> None:
+        """Called often."""
         ...
 
     def ready(self, ready: Ready) -> None: ...
@@ -89,7 +90,8 @@ class Service:
 
     async def _announce(self, announcer: Announcer) -> None:
         while not self.backend.engine.ready:
-            announcer.loading(min(supervisor.read_share for supervisor in self.backend.supervisors))
+            workers = [supervisor.starting for supervisor in self.backend.supervisors]
+            announcer.starting(min(workers, key=attrgetter("share", "recorded")))
             await asyncio.sleep(POLL)
         assert self.backend.engine.worker is not None
         announcer.ready(self.backend.engine.worker)

@@ -32,6 +32,8 @@ from model.step import Done, Pending, SampledToken, ScheduledChunk, StepPlan, St
 CAPTURE_SECONDS = 30.0  # rungs that are not recorded by then do without: their steps take the next larger one
 NOBODY = Chunks([], *(np.zeros(0, dtype=np.int64) for _ in range(3)))
 
+Recorded = Callable[[int, int, float], None]  # how many graphs there are, of how many, after how many seconds
+
 
 @dataclass(slots=True)
 class Queued:
@@ -97,8 +99,8 @@ class GraphRunner:
     # === Graphs ===
 
     @torch.inference_mode()
-    def capture(self, progress: Callable[[int, int], None], seconds: float = CAPTURE_SECONDS) -> None:
-        """Record a decode step for each rung, largest first, for as long as there is time. progress: (done, of all)."""
+    def capture(self, recorded: Recorded | None = None, seconds: float = CAPTURE_SECONDS) -> None:
+        """Record a decode step for each rung, largest first, for as long as there is time. recorded: told of each."""
         began, sizes = monotonic(), self._ladder.sizes
         for done, size in enumerate(reversed(sizes)):
             if done and monotonic() - began > seconds:
@@ -107,7 +109,8 @@ class GraphRunner:
             layout = Layout(size, size, self._max_blocks)
             self._inputs.load(NOBODY, layout)
             self._graphs[size] = self._accelerator.capture(self._decode_step(layout))
-            progress(done + 1, len(sizes))
+            if recorded is not None:
+                recorded(done + 1, len(sizes), monotonic() - began)
 
     def _decode_step(self, layout: Layout) -> Callable[[], None]:
         rows = layout.rows

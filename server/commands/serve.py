@@ -12,7 +12,7 @@ from server.api.models import ServedModel
 from server.errors import SettingsError
 from server.lifecycle import build
 from server.settings import flags, read_settings
-from server.worker.messages import Ready
+from server.worker.messages import Ready, Starting
 
 EXAMPLE = '"prompt": "It was a dark and stormy night, and", "max_tokens": 40, "temperature": 0.7, "seed": 51'
 BAR = 30  # characters
@@ -33,18 +33,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class Terminal:
-    """What the operator sees of a start: a bar while weights are read, then a banner and a curl to try."""
+    """What the operator sees of a start: a bar while it lasts, then a banner and a curl to try."""
 
     def __init__(self, url: str, served: ServedModel) -> None:
         self._url = url
         self._served = served
         self._shown: str | None = None if sys.stderr.isatty() else ""  # "" shows no bar
 
-    def loading(self, share: float) -> None:
+    def starting(self, progress: Starting) -> None:
         if self._shown == "":
             return
-        done = round(BAR * share)
-        bar = f"Loading {self._served.name} {'█' * done}{'░' * (BAR - done)} {share:4.0%}"
+        if progress.graphs:
+            bar = f"Recording CUDA graphs {_bar(progress.recorded / progress.graphs)} "
+            bar += f"{progress.recorded} of {progress.graphs}, {progress.seconds:.1f} s"
+        else:
+            bar = f"Loading {self._served.name} {_bar(progress.share)} {progress.share:4.0%}"
         if bar != self._shown:
             print(f"{ERASE_LINE}{bar}", end="", file=sys.stderr, flush=True)
             self._shown = bar
@@ -64,3 +67,8 @@ class Terminal:
             sep="\n",
             flush=True,
         )
+
+
+def _bar(share: float) -> str:
+    done = round(BAR * share)
+    return "█" * done + "░" * (BAR - done)

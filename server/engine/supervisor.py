@@ -49,7 +49,7 @@ class Supervisor:
         self._channel: EngineChannel | None = None
         self._ready = False
         self._stopping = False
-        self.read_share = 0.0  # share of the weights that the worker has read, while it is not ready
+        self.starting = Starting(0.0)  # how far the worker is, while it is not ready
         self.pid: int | None = None  # of the worker that runs now
 
     async def run(self) -> int:
@@ -106,7 +106,7 @@ class Supervisor:
             heartbeat.heard(message)
             match message:
                 case Starting():
-                    self.read_share = message.share
+                    self.starting = message
                 case Ready():
                     self._ready = True
                     self._listener.worker_ready(self._worker, message, channel)

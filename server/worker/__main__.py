@@ -12,11 +12,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from model.errors import ModelError
 from model.gpu import cuda
+from model.gpu.runner import Recorded
 from model.memory import give_back_code
 from model.variants import Variants
 from server import logs
@@ -63,7 +63,8 @@ class Worker:
     def __init__(self, start: Start, channel: WorkerChannel) -> None:
         """Loads the model and says Ready. Raises ModelError."""
         began = time.perf_counter()
-        networks = load_networks(start, _teller(channel))
+        teller = Teller(channel)
+        networks = load_networks(start, teller.read)
         self._start = start
         self._channel = channel
         self._networks: Networks | None = networks  # None in deep sleep
@@ -74,7 +75,7 @@ class Worker:
         self._speculation = make_speculation(start, networks)
         self._scheduler = make_scheduler(start, networks, self._num_blocks, self._speculation)
         # None in any sleep
-        self._pipeline: Pipeline | None = self._make_pipeline(networks, self._variants)
+        self._pipeline: Pipeline | None = self._make_pipeline(networks, self._variants, teller.recorded)
         self._budget = _budget(start)
         if self._budget is not None:
             self._scheduler.token_budget = self._budget.budget
@@ -82,15 +83,15 @@ class Worker:
         give_back_code()
         self._channel.send(
             Ready(
-                backend=networks.backend,
+                backend=networks.backend + teller.graphs,
                 block_size=start.block_size,
                 num_blocks=self._num_blocks,
                 load_seconds=time.perf_counter() - began,
             )
         )
 
-    def _make_pipeline(self, networks: Networks, variants: Variants) -> Pipeline:
-        return Pipeline(self._scheduler, make_runner(self._start, networks, self._num_blocks, variants))
+    def _make_pipeline(self, networks: Networks, variants: Variants, recorded: Recorded | None = None) -> Pipeline:
+        return Pipeline(self._scheduler, make_runner(self._start, networks, self._num_blocks, variants, recorded))
 
     def loop(self) -> None:
         """Until Shutdown. Raises EOFError or ConnectionError when the api process is gone."""
@@ -218,17 +219,29 @@ class Worker:
         self._channel.send(Step(outputs, self._scheduler.stats(), self._channel.received, work))
 
 
-def _teller(channel: WorkerChannel) -> Callable[[float], None]:
-    """Says Starting, a hundred times at most."""
-    told = 0
+class Teller:
+    """Says how a start goes: of the weights a hundred times at most, and of each graph."""
 
-    def tell(share: float) -> None:
-        nonlocal told
-        if int(100 * share) > told:
-            told = int(100 * share)
-            channel.send(Starting(share))
+    def __init__(self, channel: WorkerChannel) -> None:
+        self._channel = channel
+        self._told = Starting(0.0)
 
-    return tell
+    def read(self, share: float) -> None:
+        if int(100 * share) > int(100 * self._told.share):
+            self._tell(Starting(share))
+
+    def recorded(self, done: int, of: int, seconds: float) -> None:
+        self._tell(Starting(1.0, done, of, seconds))
+
+    @property
+    def graphs(self) -> str:
+        """Something to end the start-up line with."""
+        told = self._told
+        return f", {told.recorded} CUDA graphs recorded in {told.seconds:.1f} s" if told.graphs else ""
+
+    def _tell(self, progress: Starting) -> None:
+        self._told = progress
+        self._channel.send(progress)
 
 
 def _budget(start: Start) -> BudgetController | None:

@@ -95,6 +95,9 @@ class Starting(msgspec.Struct, frozen=True, tag="starting"):
     """Said now and then before Ready."""
 
     share: float  # of the weights that was read, 0 to 1
+    recorded: int = 0  # CUDA graphs so far
+    graphs: int = 0  # that there will be, where there is time; 0 where there are none, or before the first
+    seconds: float = 0.0  # that recording has taken
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

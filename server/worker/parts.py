@@ -11,7 +11,7 @@ from model.config import read_config
 from model.errors import DeviceError, GrammarError
 from model.gpt2 import GPT2
 from model.gpu import cuda
-from model.gpu.runner import GraphRunner
+from model.gpu.runner import GraphRunner, Recorded
 from model.grammar import Grammars, Vocabulary
 from model.kernels.ops import KernelOps
 from model.kv_cache import KVCache
@@ -86,10 +86,18 @@ def make_variants(start: Start, networks: Networks) -> Variants:
     return Variants(networks.network, networks.ops, start.variant_bytes)
 
 
-def make_runner(start: Start, networks: Networks, num_blocks: int, variants: Variants) -> Runner | GraphRunner:
-    """With KV pools of its own, all zeros. Raises DeviceError where a GPU has no room for them."""
+def make_runner(
+    start: Start, networks: Networks, num_blocks: int, variants: Variants, recorded: Recorded | None = None
+) -> Runner | GraphRunner:
+    """With KV pools of its own, all zeros. recorded: told of each CUDA graph.
+
+    Raises DeviceError where a GPU has no room for the pools.
+    """
     try:
-        return _make_runner(start, networks, num_blocks, variants)
+        runner = _make_runner(start, networks, num_blocks, variants)
+        if isinstance(runner, GraphRunner):
+            runner.capture(recorded)
+        return runner
     except cuda.OutOfMemoryError as error:
         raise DeviceError(
             f"{cuda.describe(networks.device)} has too little free memory for a KV cache of {num_blocks} blocks; "
@@ -120,7 +128,7 @@ def _make_runner(start: Start, networks: Networks, num_blocks: int, variants: Va
     )
     if not graphs:
         return plain
-    runner = GraphRunner(
+    return GraphRunner(
         plain,
         network,
         cache,
@@ -130,8 +138,6 @@ def _make_runner(start: Start, networks: Networks, num_blocks: int, variants: Va
         max_blocks=-(-start.max_model_len // start.block_size),
         scratch_block=num_blocks,
     )
-    runner.capture(lambda done, of: None)
-    return runner
 
 
 def make_scheduler(

@@ -14,6 +14,7 @@ import pytest
 from serving import RunningServer
 
 from server.commands.serve import Terminal
+from server.worker.messages import Starting
 
 COMMAND = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--threads", "1"]
 
@@ -45,6 +46,9 @@ def test_the_bar_grows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     terminal = Terminal("http://127.0.0.1:1", type("Served", (), {"name": "some"})())
     for share in (0.0, 0.5, 0.5, 1.0):
-        terminal.loading(share)
+        terminal.starting(Starting(share))
+    for done in (1, 2):
+        terminal.starting(Starting(1.0, done, 2, 0.26))
     bars = capsys.readouterr().err.split("\r")[1:]
-    assert [bar.count("█") for bar in bars] == [0, 15, 30]
+    assert [bar.count("█") for bar in bars] == [0, 15, 30, 15, 30]
+    assert bars[-1].endswith("2 of 2, 0.3 s")

@@ -53,7 +53,7 @@ def graph_runner(network: GPT2, device: StandIn) -> GraphRunner:
         plain, network, cache, device,
         max_rows=BUDGET, max_seqs=SEATS, max_blocks=CONTEXT // BLOCK_SIZE, scratch_block=BLOCKS,
     )  # fmt: skip
-    runner.capture(lambda done, of: None)
+    runner.capture()
     return runner
 
 
@@ -183,7 +183,7 @@ def test_padding_writes_to_the_scratch_block_alone(network: GPT2) -> None:
     for layer in cache.layers:
         layer.keys.fill_(3.0)
         layer.values.fill_(3.0)
-    runner.capture(lambda done, of: None)
+    runner.capture()
     drive = Drive(network, runner)
     drive.run([([i, i + 1], GREEDY) for i in range(5)], together=5, leave=frozenset())  # five rows on a rung of six
     touched = {
@@ -201,7 +201,7 @@ def test_rungs_for_which_there_is_no_time_are_left_out(network: GPT2) -> None:
         max_rows=BUDGET, max_seqs=SEATS, max_blocks=CONTEXT // BLOCK_SIZE, scratch_block=BLOCKS,
     )  # fmt: skip
     told: list[tuple[int, int]] = []
-    runner.capture(lambda done, of: told.append((done, of)), seconds=0.0)
+    runner.capture(lambda done, of, seconds: told.append((done, of)), seconds=0.0)
     assert told == [(1, 4)]
     drive = Drive(network, runner)
     drive.run([([1, 2], GREEDY)], together=1, leave=frozenset())

@@ -86,11 +86,11 @@ class PlainLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight: (out, in)."""
-        self._weight = weight.contiguous()
-        self._bias = bias
+        self.weight = weight.contiguous()
+        self.bias = bias
 
     def __call__(self, x: Tensor, *, activation: Activation | None = None, residual: Tensor | None = None) -> Tensor:
-        out = F.linear(x, self._weight, self._bias)
+        out = F.linear(x, self.weight, self.bias)
         if residual is not None:
             return out + residual
         return out if activation is None else activate(out, activation)

@@ -10,7 +10,6 @@ from model.config import read_config
 from model.errors import DeviceError
 from model.gpt2 import GPT2
 from model.gpu import cuda
-from model.gpu import ops as gpu
 from model.kernels.layers import Storage
 from model.kernels.library import KernelsUnavailableError, load
 from model.kernels.ops import KernelOps
@@ -60,6 +59,8 @@ def choose_ops(
     if device.type != "cpu":
         if quantization is not None:
             raise DeviceError(f"quantization {quantization} runs on a CPU")
+        from model.gpu import ops as gpu  # noqa: PLC0415  Triton takes a while to import, and a CPU needs none of it
+
         return gpu.choose_ops(device, dtype, deterministic=deterministic)
     storage = Storage.FP16 if dtype == torch.float16 else Storage.FP32
     storage = storage if quantization is None else Storage[quantization.upper()]

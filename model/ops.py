@@ -59,7 +59,7 @@ class Ops(Protocol):
     def fuse(
         self, embed: Embedding, layers: Sequence[Any], cache: KVCache, activation: Activation
     ) -> Callable[[Batch], Tensor] | None:
-        """All layers in one call, with the bits of one after the other; None where there is no such thing.
+        """All layers in one call, on a CPU with the bits of one after the other; None where there is no such thing.
 
         Returns the hidden states of the rows that are wanted.
         """
@@ -108,7 +108,9 @@ class TorchOps:
     def score(self, logits: Tensor, tokens: Tensor, tops: Sequence[int | None]) -> Scores:
         return score(logits, tokens, tops)
 
-    def fuse(self, embed: Embedding, layers: Sequence[Any], cache: KVCache, activation: Activation) -> None:
+    def fuse(
+        self, embed: Embedding, layers: Sequence[Any], cache: KVCache, activation: Activation
+    ) -> Callable[[Batch], Tensor] | None:
         return None
 
     def describe(self) -> str:

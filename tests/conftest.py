@@ -16,10 +16,13 @@ from serving import RunningServer, serving
 
 import model
 from model.config import read_config
+from model.gpu import cuda
 from model.weights import expected_shapes
 
 # Idle OpenMP threads would spin on cores that tests share with servers they start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if not cuda.available():  # Triton's kernels run in its interpreter; it looks at this when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("shared", deadline=None)  # the cores are shared: time proves nothing
 hypothesis.settings.load_profile("shared")

@@ -19,33 +19,30 @@ from model.kv_cache import LayerCache
 
 
 class PagedAttention(Protocol):
-    def write(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None:
-        """Store the keys and values of qkv: (rows, 3 * n_embd) at their slots: (rows,)."""
-        ...
+    """Stores the keys and values of qkv: (rows, 3 * n_embd), and lets the rows attend. Returns (rows, n_embd)."""
 
-    def decode(self, qkv: Tensor, cache: LayerCache, tables: Tensor, contexts: Tensor, scale: float) -> Tensor:
-        """Each row is the last of its own sequence. Returns (rows, n_embd)."""
+    def decode(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
+        """Each row is the last of its own sequence, and no row reads what another one stores."""
         ...
 
     def mixed(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
-        """Any number of rows of each sequence. Returns (rows, n_embd)."""
+        """Any number of rows of each sequence."""
         ...
 
 
 class GatheredAttention:
-    def write(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None:
-        write_kv(qkv, cache, slots)
-
-    def decode(self, qkv: Tensor, cache: LayerCache, tables: Tensor, contexts: Tensor, scale: float) -> Tensor:
+    def decode(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
+        write_kv(qkv, cache, batch.slots)
         _, heads, _, head_dim = cache.keys.shape
         rows = qkv.shape[0]
         query = qkv[:, : heads * head_dim].view(rows, heads, 1, head_dim)
-        keys, values = _gather(cache.keys, tables), _gather(cache.values, tables)
-        seen = torch.arange(keys.shape[2], device=qkv.device) < contexts[:, None]  # (rows, positions)
+        keys, values = _gather(cache.keys, batch.block_tables), _gather(cache.values, batch.block_tables)
+        seen = torch.arange(keys.shape[2], device=qkv.device) < batch.contexts[:, None]  # (rows, positions)
         mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen[:, None, None], scale=scale)
         return mixed.reshape(rows, heads * head_dim)
 
     def mixed(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
+        write_kv(qkv, cache, batch.slots)
         return one_by_one(qkv, cache, batch, scale)
 
 

@@ -1,6 +1,7 @@
-"""A step's input in two buffers that never move: one copy to the device a step, and graphs may read them for ever.
+"""A step's input in a buffer that never moves: one copy to the device a step, and graphs may read it for ever.
 
-The host's side has two copies in turn, so that a step can be written while the one before is still being read.
+The host's side has two copies in turn, so that a step can be written while the one before is still being read. The
+device's begins with the tokens that the step before has sampled, so that one gather finds every row's token.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ class StepInputs:
         """scratch_block: where rows that pad a batch write their keys and values."""
         size = sum(largest.sizes)
         self._host = [accelerator.host_buffer(size, torch.int32) for _ in range(2)]
-        self._device = torch.zeros(size, dtype=torch.int32, device=accelerator.device)
+        self._known = torch.zeros(largest.sequences + size, dtype=torch.int32, device=accelerator.device)
+        self.sampled = self._known[: largest.sequences]  # of the step before, by its places
+        self._device = self._known[largest.sequences :]
         self._block_size = block_size
         self._scratch_block = scratch_block
         self._seats = seats
@@ -94,8 +97,9 @@ class StepInputs:
         places = self._seats.places[chunks.seats]
         for i in np.flatnonzero((counts > 1) | (places == HOST)):  # the others' only token is on the device
             tokens[ends[i] - counts[i] : ends[i]] = chunks.rows[i].tokens[chunks.starts[i] : chunks.stops[i]]
-        sources[:] = HOST
-        sources[ends - 1] = places
+        first = len(self.sampled)  # where the device's copy of `tokens` begins
+        sources[:] = np.arange(first, first + layout.rows)
+        sources[ends - 1] = np.where(places == HOST, sources[ends - 1], places)
         positions[:total], positions[total:] = where, 0
         slots[:total], slots[total:] = blocks * size + where % size, self._scratch_block * size
         tables[:count], tables[count:] = self._seats.tables[chunks.seats, : layout.blocks], self._scratch_block
@@ -105,12 +109,11 @@ class StepInputs:
         starts[count + 1 :] = np.arange(total + 1, total + 1 + layout.sequences - count)
         tokens[total:] = 0
 
-    def batch(self, layout: Layout, sampled: Tensor, spans: tuple[tuple[int, int], ...] = ()) -> Batch:
-        """What a step of this layout reads. sampled: (any,) int64, the tokens that sources point to."""
-        tokens, sources, positions, slots, starts, contexts, tables = layout.views(self._device)
-        known = torch.where(sources == HOST, tokens, sampled[sources.clamp(min=0)].int())
+    def batch(self, layout: Layout, spans: tuple[tuple[int, int], ...] = ()) -> Batch:
+        """What a step of this layout reads."""
+        _, sources, positions, slots, starts, contexts, tables = layout.views(self._device)
         return Batch(
-            tokens=known,
+            tokens=self._known.index_select(0, sources),
             positions=positions,
             slots=slots,
             query_starts=starts,

@@ -1,6 +1,13 @@
-"""GPT-2's operations on a GPU: PyTorch's matrix products and norms, and paged attention that a graph can hold."""
+"""GPT-2's operations on a GPU: PyTorch's matrix products and norms, and paged attention that a graph can hold.
+
+For steps of few rows there are kernels that do several of these at once. They need Triton, whose import takes a while:
+import this where there is a GPU.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,37 +18,18 @@ from model.config import Activation
 from model.errors import DeviceError
 from model.gpu import cuda
 from model.gpu.attention import GatheredAttention, PagedAttention
-from model.kv_cache import LayerCache
+from model.gpu.linear import FixedLinear, FP32OutLinear, LayerNorm
+from model.kv_cache import KVCache, LayerCache
 from model.linear import Linear, PlainLinear
-from model.ops import TorchOps
+from model.ops import Embedding, Norm, TorchOps
 
 try:
+    from model.gpu.few_rows import FewRows
     from model.gpu.triton_attention import TritonAttention
 except ImportError:  # CPU builds of PyTorch come without Triton
     HAS_TRITON = False
 else:
     HAS_TRITON = True
-
-FIXED_ROWS = 64
-
-
-class FixedLinear:
-    """A linear layer that always multiplies matrices of one shape, so that no row's sums depend on how many there are.
-
-    Libraries choose a kernel, and with it an order of summation, by the shape. It costs little where the batch is
-    small, since the weights are read anyway, and nothing where it is a multiple of the fixed number.
-    """
-
-    def __init__(self, linear: Linear, rows: int = FIXED_ROWS) -> None:
-        self._linear = linear
-        self._rows = rows
-
-    def __call__(self, x: Tensor, *, activation: Activation | None = None, residual: Tensor | None = None) -> Tensor:
-        rows, fixed = x.shape[0], self._rows
-        short = -rows % fixed
-        pieces = F.pad(x, (0, 0, 0, short)).split(fixed)
-        out = torch.cat([self._linear(piece, activation=activation) for piece in pieces])[:rows]
-        return out if residual is None else out + residual
 
 
 class GpuOps(TorchOps):
@@ -56,13 +44,31 @@ class GpuOps(TorchOps):
         plain = PlainLinear(self.place(weight), None if bias is None else self.place(bias))
         return FixedLinear(plain) if self._deterministic else plain
 
+    def head(self, weight: Tensor) -> Linear:
+        head = FP32OutLinear(self.place(weight))
+        return FixedLinear(head) if self._deterministic else head
+
+    def norm(self, weight: Tensor, bias: Tensor, epsilon: float) -> Norm:
+        return LayerNorm(self.place(weight), self.place(bias), epsilon)
+
+    def embedding(self, tokens: Tensor, positions: Tensor, head: Linear | None) -> Embedding:
+        tokens, positions = self.place(tokens), self.place(positions)
+        return lambda batch: F.embedding(batch.tokens, tokens) + F.embedding(batch.positions, positions)
+
     def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None:
-        self._attention.write(qkv, cache, slots)
+        """Attention does it."""
 
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
-        if batch.spans:
-            return self._attention.mixed(qkv, cache, batch, scale)
-        return self._attention.decode(qkv, cache, batch.block_tables, batch.contexts, scale)
+        attend = self._attention.mixed if batch.spans else self._attention.decode
+        return attend(qkv, cache, batch, scale)
+
+    def fuse(
+        self, embed: Embedding, layers: Sequence[Any], cache: KVCache, activation: Activation
+    ) -> Callable[[Batch], Tensor] | None:
+        """Sums of few rows are taken in another order than by the layers themselves."""
+        if self._deterministic or isinstance(self._attention, GatheredAttention):
+            return None
+        return FewRows(embed, layers, cache, activation, self)
 
     def describe(self) -> str:
         kind = "Triton" if HAS_TRITON else "gathered"

@@ -42,7 +42,7 @@ class Queued:
     wait: Callable[[], None]
     chunks: list[ScheduledChunk]
     rows: list[Row]  # theirs
-    tokens: Tensor  # (chunks,) int64, on the host, once `wait` is over
+    tokens: Tensor  # (chunks,) int32, on the host, once `wait` is over
     scores: Scores | None
     _result: StepResult | None = None
 
@@ -91,8 +91,7 @@ class GraphRunner:
         self._inputs = StepInputs(accelerator, largest, cache.block_size, scratch_block, self._seats)
         self._sampler = Sampler(accelerator, max_seqs, vocab)
         self._logits = torch.zeros(max_seqs, vocab, device=accelerator.device)
-        self._sampled = torch.zeros(max_seqs, dtype=torch.int64, device=accelerator.device)
-        self._home = [accelerator.host_buffer(max_seqs, torch.int64) for _ in range(2)]
+        self._home = [accelerator.host_buffer(max_seqs, torch.int32) for _ in range(2)]
         self._turn = 0
         self._queued: Queued | None = None  # the last step, for as long as its tokens may be unknown
 
@@ -116,9 +115,9 @@ class GraphRunner:
         rows = layout.rows
 
         def step() -> None:
-            batch = self._inputs.batch(layout, self._sampled)
+            batch = self._inputs.batch(layout)
             self._logits[:rows] = self._model.logits(self._model.forward(batch, self._cache))
-            self._sampled[:rows] = self._logits[:rows].argmax(dim=-1)
+            self._inputs.sampled[:rows] = self._logits[:rows].argmax(dim=-1)
 
         return step
 
@@ -158,7 +157,8 @@ class GraphRunner:
         rows = [self._plain.rows[id_] for id_ in ids]
         starts, counts = [chunk.start for chunk in plan.chunks], [chunk.count for chunk in plan.chunks]
         chunks = Chunks(rows, self._seats.of(ids), np.array(starts), np.array(counts))
-        rung = self._ladder.rung(len(rows)) if plan.decodes else None
+        # A sequence that is new may read a block which another's token completes in this very step.
+        rung = self._ladder.rung(len(rows)) if plan.decodes and not plan.added else None
         if rung is not None and rung in self._graphs:
             self._inputs.load(chunks, Layout(rung, rung, self._max_blocks))
             self._graphs[rung]()
@@ -175,21 +175,21 @@ class GraphRunner:
         layout = Layout(int(chunks.counts.sum()), count, -(-int(stops.max()) // self._cache.block_size))
         self._inputs.load(chunks, layout)
         spans = tuple(zip(chunks.counts.tolist(), stops.tolist(), strict=True))
-        batch = self._inputs.batch(layout, self._sampled, spans)
+        batch = self._inputs.batch(layout, spans)
         hidden = self._model.forward(batch, self._cache)
         self._logits[:count] = self._model.logits(hidden[batch.query_starts[1:] - 1])
-        self._sampled[:count] = self._logits[:count].argmax(dim=-1)
+        self._inputs.sampled[:count] = self._logits[:count].argmax(dim=-1)
 
     def _decide(self, plan: StepPlan, chunks: Chunks) -> Queued:
         """Draw what is not greedy, and send the tokens home."""
         rows, count = chunks.rows, len(chunks.rows)
-        logits, tokens = self._logits[:count], self._sampled[:count]
+        logits, tokens = self._logits[:count], self._inputs.sampled[:count]
         if drawn := self._sampler.drawn(chunks.seats):
             uniforms, stops = np.zeros(count), chunks.stops.tolist()
             uniforms[drawn] = [rows[i].uniform(stops[i]) for i in drawn]
             tokens.copy_(self._sampler.refine(logits, tokens, chunks.seats, uniforms))
         scored = [row.params.logprobs for row in rows]
-        scores = None if all(top is None for top in scored) else score(logits, tokens, scored)
+        scores = None if all(top is None for top in scored) else score(logits, tokens.long(), scored)
         self._turn = 1 - self._turn
         home = self._home[self._turn][:count]
         home.copy_(tokens, non_blocking=True)

@@ -16,8 +16,8 @@ from model.batch import Batch
 from model.kv_cache import LayerCache
 
 SPLIT = 256  # positions that one program of a decode step reads
-TILE = 64  # positions read at once
-QUERIES = 32  # rows of one sequence that one program of a prefill computes
+TILE = 64  # positions that it reads at once
+PREFILL = {2: (64, 64), 4: (32, 32)}  # rows and positions that one program of a prefill takes, by the size of a number
 
 
 @triton.jit
@@ -37,21 +37,26 @@ def _write(qkv, keys, values, slots, heads, block_size, head_dim, stride, WIDTH:
 @triton.jit
 def _decode(
     qkv, keys, values, tables, owners, contexts, partial, scale, heads, block_size, head_dim, stride, table_width,
-    SPLITS: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    ALONE: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program a row, head and split: its maximum, its sum of exponentials, its weighted values."""
+    """One program a row, head and split: its maximum, its sum of exponentials, its weighted values.
+
+    The row's own key and value are taken from where they were computed, after all others. ALONE: each row has a table
+    to itself, and they are stored too.
+    """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    context = tl.load(contexts + row)
+    own = tl.load(contexts + row) - 1
     start = split * SPLIT
-    if start < context:
-        stop = tl.minimum(start + SPLIT, context)
+    if start <= own:
         column = tl.arange(0, WIDTH)
         inside = column < head_dim
-        query = tl.load(qkv + row.to(tl.int64) * stride + head * head_dim + column, inside, 0.0).to(tl.float32) * scale
-        table = tables + tl.load(owners + row) * table_width
+        here = qkv + row.to(tl.int64) * stride + head * head_dim + column
+        query = tl.load(here, inside, 0.0).to(tl.float32) * scale
+        table = tables + (row if ALONE else tl.load(owners + row)) * table_width
         highest = -float("inf")
         total = 0.0
         mixed = tl.zeros([WIDTH], tl.float32)
+        stop = tl.minimum(start + SPLIT, own)
         for first in range(start, stop, TILE):
             position = first + tl.arange(0, TILE)
             seen = position < stop
@@ -60,13 +65,28 @@ def _decode(
             where = place[:, None] + column[None, :]
             both = seen[:, None] & inside[None, :]
             key = tl.load(keys + where, both, 0.0).to(tl.float32)
+            value = tl.load(values + where, both, 0.0).to(tl.float32)
             score = tl.where(seen, tl.sum(key * query[None, :], 1), -float("inf"))
             peak = tl.maximum(highest, tl.max(score, 0))
             weight = tl.exp(score - peak)
             shrink = tl.exp(highest - peak)
-            value = tl.load(values + where, both, 0.0).to(tl.float32)
             total = total * shrink + tl.sum(weight, 0)
             mixed = mixed * shrink + tl.sum(value * weight[:, None], 0)
+            highest = peak
+        if own < start + SPLIT:
+            key = tl.load(here + heads * head_dim, inside, 0.0)
+            value = tl.load(here + 2 * heads * head_dim, inside, 0.0)
+            if ALONE:
+                block = tl.load(table + own // block_size).to(tl.int64)
+                place = ((block * heads + head) * block_size + own % block_size) * head_dim + column
+                tl.store(keys + place, key, inside)
+                tl.store(values + place, value, inside)
+            score = tl.sum(key.to(tl.float32) * query, 0)
+            peak = tl.maximum(highest, score)
+            weight = tl.exp(score - peak)
+            shrink = tl.exp(highest - peak)
+            total = total * shrink + weight
+            mixed = mixed * shrink + value.to(tl.float32) * weight
             highest = peak
         out = partial + ((row.to(tl.int64) * heads + head) * SPLITS + split) * (WIDTH + 2)
         tl.store(out, highest)
@@ -145,36 +165,38 @@ class TritonAttention:
     def __init__(self, *, deterministic: bool) -> None:
         self._deterministic = deterministic
 
-    def write(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None:
-        _, heads, block_size, head_dim = cache.keys.shape
-        width = triton.next_power_of_2(head_dim)
-        grid = (qkv.shape[0], heads)
-        _write[grid](qkv, cache.keys, cache.values, slots, heads, block_size, head_dim, qkv.stride(0), WIDTH=width)
-
-    def decode(self, qkv: Tensor, cache: LayerCache, tables: Tensor, contexts: Tensor, scale: float) -> Tensor:
-        owners = torch.arange(qkv.shape[0], device=qkv.device, dtype=torch.int32)
-        return _attend(qkv, cache, tables, owners, contexts, scale)
+    def decode(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
+        return _attend(qkv, cache, batch.block_tables, None, batch.contexts, scale)
 
     def mixed(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
+        _, heads, block_size, head_dim = cache.keys.shape
+        width = triton.next_power_of_2(head_dim)
+        _write[(qkv.shape[0], heads)](
+            qkv, cache.keys, cache.values, batch.slots, heads, block_size, head_dim, qkv.stride(0),
+            WIDTH=width, num_warps=1,
+        )  # fmt: skip
+        tables = batch.block_tables
         if self._deterministic:
             counts = batch.query_starts.diff()
             owners = torch.arange(len(counts), device=qkv.device, dtype=torch.int32)
             owners = owners.repeat_interleave(counts, output_size=qkv.shape[0])
-            return _attend(qkv, cache, batch.block_tables, owners, batch.positions.int() + 1, scale)
-        _, heads, block_size, head_dim = cache.keys.shape
+            return _attend(qkv, cache, tables, owners, batch.positions.int() + 1, scale)
         out = torch.empty(qkv.shape[0], heads * head_dim, dtype=qkv.dtype, device=qkv.device)
-        tables = batch.block_tables
-        grid = (triton.cdiv(max(count for count, _ in batch.spans), QUERIES), heads, tables.shape[0])
+        queries, tile = PREFILL[qkv.itemsize]
+        grid = (triton.cdiv(max(count for count, _ in batch.spans), queries), heads, tables.shape[0])
         _prefill[grid](
             qkv, cache.keys, cache.values, tables, batch.query_starts, batch.contexts, out, scale, heads, block_size,
             head_dim, qkv.stride(0), tables.shape[1],
-            QUERIES=QUERIES, TILE=TILE, WIDTH=max(16, triton.next_power_of_2(head_dim)),
+            QUERIES=queries, TILE=tile, WIDTH=max(16, width),
         )  # fmt: skip
         return out
 
 
-def _attend(qkv: Tensor, cache: LayerCache, tables: Tensor, owners: Tensor, contexts: Tensor, scale: float) -> Tensor:
-    """owners: (rows,) int32, each row's line of the tables; contexts: (rows,) int32, how many positions it sees."""
+def _attend(
+    qkv: Tensor, cache: LayerCache, tables: Tensor, owners: Tensor | None, contexts: Tensor, scale: float
+) -> Tensor:
+    """owners: (rows,) int32, each row's line of the tables, where they are stored already; None where every row has
+    one to itself. contexts: (rows,) int32, how many positions each sees."""
     _, heads, block_size, head_dim = cache.keys.shape
     rows, table_width = qkv.shape[0], tables.shape[1]
     width = triton.next_power_of_2(head_dim)
@@ -182,8 +204,9 @@ def _attend(qkv: Tensor, cache: LayerCache, tables: Tensor, owners: Tensor, cont
     partial = torch.empty(rows, heads, splits, width + 2, dtype=torch.float32, device=qkv.device)
     out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     _decode[(rows, heads, splits)](
-        qkv, cache.keys, cache.values, tables, owners, contexts, partial, scale, heads, block_size, head_dim,
-        qkv.stride(0), table_width, SPLITS=splits, SPLIT=SPLIT, TILE=TILE, WIDTH=width,
+        qkv, cache.keys, cache.values, tables, contexts if owners is None else owners, contexts, partial, scale, heads,
+        block_size, head_dim, qkv.stride(0), table_width,
+        ALONE=owners is None, SPLITS=splits, SPLIT=SPLIT, TILE=TILE, WIDTH=width,
     )  # fmt: skip
-    _merge[(rows, heads)](partial, contexts, out, heads, head_dim, SPLITS=splits, SPLIT=SPLIT, WIDTH=width)
+    _merge[(rows, heads)](partial, contexts, out, heads, head_dim, SPLITS=splits, SPLIT=SPLIT, WIDTH=width, num_warps=1)
     return out

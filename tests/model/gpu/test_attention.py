@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,18 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from model.attention import write_kv
 from model.batch import Batch
-from model.gpu import ops
+from model.gpu import cuda, ops
 from model.gpu.attention import GatheredAttention, PagedAttention
 from model.kv_cache import LayerCache
 
 BLOCKS, POISON = 48, 1e30  # what must not be read
-CPU = torch.device("cpu")
+NO_TRITON = "there is no Triton for this system"
+DEVICE = torch.device("cuda" if cuda.available() else "cpu")
 
 
 def attentions() -> list[object]:
-    needs = "Triton is not installed; it comes with CUDA builds of PyTorch, and runs on a CPU with TRITON_INTERPRET=1"
-    skip = pytest.mark.skipif(not ops.HAS_TRITON, reason=needs)
+    skip = pytest.mark.skipif(not ops.HAS_TRITON, reason=NO_TRITON)
     return [
         pytest.param("gathered", id="gathered"),
         pytest.param("triton", id="triton", marks=skip),
@@ -47,7 +50,7 @@ class Case:
         for i, count in enumerate(needed):
             self.tables[i, :count] = torch.tensor([blocks.pop() for _ in range(count)])
         shape = (BLOCKS, heads, block_size, head_dim)
-        self.cache = LayerCache(torch.full(shape, POISON), torch.full(shape, POISON))
+        self.cache = LayerCache(*(torch.full(shape, POISON, device=DEVICE) for _ in range(2)))
 
     def batch(self) -> tuple[Tensor, Batch]:
         counts = [count for count, _ in self.spans]
@@ -55,27 +58,41 @@ class Case:
         owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         rows = torch.cat([qkv[-count:] for qkv, count in zip(self.qkv, counts, strict=True)])
         batch = Batch(
-            tokens=positions,
-            positions=positions,
-            slots=self.slots(owners, positions),
-            query_starts=torch.tensor([0, *counts]).cumsum(0).int(),
-            contexts=torch.tensor([context for _, context in self.spans], dtype=torch.int32),
-            block_tables=self.tables,
+            tokens=positions.to(DEVICE),
+            positions=positions.to(DEVICE),
+            slots=self.slots(owners, positions).to(DEVICE),
+            query_starts=torch.tensor([0, *counts]).cumsum(0).int().to(DEVICE),
+            contexts=torch.tensor([context for _, context in self.spans], dtype=torch.int32, device=DEVICE),
+            block_tables=self.tables.to(DEVICE),
             spans=tuple(self.spans),
         )
-        return rows, batch
+        return rows.to(DEVICE), batch
 
     def slots(self, owners: Tensor, positions: Tensor) -> Tensor:
         size = self.block_size
         return (self.tables[owners, positions // size].long() * size + positions % size).int()
 
-    def fill(self, attention: PagedAttention) -> None:
+    def fill(self) -> None:
         """The positions before the step's."""
         for i, (count, context) in enumerate(self.spans):
             before = context - count
             if before:
                 slots = self.slots(torch.full((before,), i), torch.arange(before))
-                attention.write(self.qkv[i][:before], self.cache, slots)
+                write_kv(self.qkv[i][:before].to(DEVICE), self.cache, slots.to(DEVICE))
+
+    def stored(self) -> list[Tensor]:
+        """What the cache must hold after the step: (context, 2 * width) keys and values of each sequence."""
+        return [qkv[:, self.heads * self.head_dim :] for qkv in self.qkv]
+
+    def found(self) -> list[Tensor]:
+        """What it holds."""
+        pools = []
+        for i, (_, context) in enumerate(self.spans):
+            slots = self.slots(torch.full((context,), i), torch.arange(context))
+            blocks, offsets = slots // self.block_size, slots % self.block_size
+            parts = [pool.cpu()[blocks, :, offsets].flatten(1) for pool in (self.cache.keys, self.cache.values)]
+            pools.append(torch.cat(parts, dim=1))
+        return pools
 
     def expected(self) -> Tensor:
         out = []
@@ -101,10 +118,12 @@ def test_rows_of_prompts_attend_to_all_before_them(
     name: str, spans: list[tuple[int, int]], sizes: tuple[int, int, int]
 ) -> None:
     attention, case = make(name), Case(spans, *sizes)
-    case.fill(attention)
+    case.fill()
     rows, batch = case.batch()
-    attention.write(rows, case.cache, batch.slots)
-    torch.testing.assert_close(attention.mixed(rows, case.cache, batch, 0.3), case.expected(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        attention.mixed(rows, case.cache, batch, 0.3).cpu(), case.expected(), atol=2e-5, rtol=1e-4
+    )
+    assert all(map(torch.equal, case.found(), case.stored()))
 
 
 @pytest.mark.parametrize("name", attentions())
@@ -117,21 +136,21 @@ def test_a_decoded_row_attends_to_its_sequence(
     if name == "gathered":  # it multiplies what it must not see by nothing, so that must be finite: the pool is zeros
         case.cache.keys.zero_()
         case.cache.values.zero_()
-    case.fill(attention)
+    case.fill()
     rows, batch = case.batch()
-    attention.write(rows, case.cache, batch.slots)
-    found = attention.decode(rows, case.cache, batch.block_tables, batch.contexts, 0.3)
-    torch.testing.assert_close(found, case.expected(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        attention.decode(rows, case.cache, batch, 0.3).cpu(), case.expected(), atol=2e-5, rtol=1e-4
+    )
+    assert all(map(torch.equal, case.found(), case.stored()))
 
 
-@pytest.mark.skipif(not ops.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(not ops.HAS_TRITON, reason=NO_TRITON)
 def test_deterministic_prefill_has_the_bits_of_decoding() -> None:
     attention = make("deterministic")
     whole = Case([(300, 300)], 2, 16, 16)
     rows, batch = whole.batch()
-    attention.write(rows, whole.cache, batch.slots)
     together = attention.mixed(rows, whole.cache, batch, 0.3)
     for position in (0, 15, 63, 64, 255, 256, 299):
-        contexts = torch.tensor([position + 1], dtype=torch.int32)
-        alone = attention.decode(rows[position : position + 1], whole.cache, batch.block_tables, contexts, 0.3)
+        one = replace(batch, contexts=torch.tensor([position + 1], dtype=torch.int32, device=DEVICE))
+        alone = attention.decode(rows[position : position + 1], whole.cache, one, 0.3)
         assert torch.equal(alone[0], together[position])

@@ -16,12 +16,15 @@ from transformers import GPT2LMHeadModel
 
 from model.config import read_config
 from model.gpt2 import GPT2
-from model.gpu.attention import GatheredAttention
+from model.gpu import cuda
+from model.gpu import ops as gpu
+from model.gpu.attention import GatheredAttention, PagedAttention
 from model.gpu.ops import GpuOps
 from model.gpu.runner import GraphRunner
 from model.kv_cache import KVCache
 from model.runner import Runner
 from model.sampling_params import SamplingParams
+from model.step import StepPlan
 from model.weights import read_weights
 from server.worker.block_pool import BlockPool
 from server.worker.messages import Add, FinishReason, SequenceOutput
@@ -33,13 +36,16 @@ BLOCKS, BLOCK_SIZE, CONTEXT, SEATS, BUDGET = 40, 16, 128, 6, 48
 Made = Callable[..., tuple[Path, GPT2LMHeadModel]]
 
 
-@pytest.fixture(scope="module")
-def network(make_checkpoint: Made) -> GPT2:
-    directory, _ = make_checkpoint()
+def network_of(directory: Path, attention: PagedAttention) -> GPT2:
     config = read_config(directory)
-    ops = GpuOps(CPU, torch.float32, GatheredAttention(), deterministic=False)
+    ops = GpuOps(CPU, torch.float32, attention, deterministic=False)
     with torch.inference_mode():
         return GPT2(config, read_weights(directory, config), ops)
+
+
+@pytest.fixture(scope="module")
+def network(make_checkpoint: Made) -> GPT2:
+    return network_of(make_checkpoint()[0], GatheredAttention())
 
 
 def plain_runner(network: GPT2) -> tuple[Runner, KVCache]:
@@ -171,6 +177,43 @@ def test_what_the_device_cannot_decide_waits_for_what_is_queued(network: GPT2) -
     assert {i: [o.token for o in said] for i, said in drive.said.items()} == {
         i: [o.token for o in said] for i, said in plain.said.items()
     }
+
+
+@pytest.mark.skipif(not gpu.HAS_TRITON, reason="there is no Triton for this system")
+@pytest.mark.skipif(cuda.available(), reason="Triton's interpreter is needed, which a GPU's Triton is not")
+def test_graphs_of_tritons_kernels_say_what_the_plain_runner_says(make_checkpoint: Made, network: GPT2) -> None:
+    fused = network_of(make_checkpoint()[0], gpu.TritonAttention(deterministic=False))
+    requests = [(list(range(1, 15 + 3 * i)), replace(GREEDY, max_tokens=5)) for i in range(3)]
+    device = StandIn()
+    ahead, in_turn = Drive(network, graph_runner(fused, device)), Drive(network, plain_runner(network)[0])
+    for drive in (ahead, in_turn):
+        drive.run(requests, together=2, leave=frozenset())
+    assert device.replayed > 0
+    tokens = [{i: [each.token for each in said] for i, said in drive.said.items()} for drive in (ahead, in_turn)]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_sequence_that_joins_with_one_token_to_compute_is_no_replay(network: GPT2) -> None:
+    """It may read a block that another one completes in the same step; a decode step's kernels do not wait for that."""
+    device = StandIn()
+    runner = graph_runner(network, device)
+    scheduler = Drive(network, runner).scheduler
+
+    def plan_of(id_: int, prompt: list[int]) -> StepPlan:
+        scheduler.add(Add(id=id_, prompt=prompt, params=replace(GREEDY, max_tokens=3)))
+        plan = scheduler.schedule()
+        assert plan is not None
+        return plan
+
+    first = list(range(100, 100 + BLOCK_SIZE - 1))
+    plan = plan_of(1, first)
+    result = runner.launch(plan).result()
+    scheduler.update(plan, result)
+    plan = plan_of(2, [*first, result.sampled[0].token, 7])
+    assert plan.decodes
+    assert [chunk.start for chunk in plan.chunks] == [BLOCK_SIZE - 1, BLOCK_SIZE]  # the one fills what the other shares
+    runner.launch(plan)
+    assert device.replayed == 0
 
 
 def test_padding_writes_to_the_scratch_block_alone(network: GPT2) -> None:

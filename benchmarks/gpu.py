@@ -5,17 +5,21 @@ of 128 tokens and answers of 128 (a context of 256 at the end) go through the en
 
 tok/s     output tokens of all streams over the time from the first to the last decode step, prompts excluded
 step      median milliseconds of a decode step
-floor     the same if weights, keys and values were read once at the bandwidth measured here, and all else were free
+graph     milliseconds that the device takes for it: its CUDA graph, replayed again and again
+busy      the share of the step that this is: what is missing, the device waits for the host
+floor     a step if weights, keys and values were read once at the bandwidth measured here, and all else were free
 TTFT      median milliseconds to the first token when all streams arrive at once
 ITL       99th percentile of the milliseconds between two tokens of a stream
 
 Beside it `transformers` on the same weights: `generate` with a static cache, and its continuous batching.
+`--few-rows 0` does without the kernels for few rows: beside the default it says where they stop paying.
 `--device cpu` runs all of it through the plain runner, to see that it works.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import platform
@@ -33,6 +37,7 @@ from safetensors.torch import save_file
 
 from model.config import ModelConfig, read_config
 from model.gpu import cuda
+from model.gpu.runner import GraphRunner
 from model.loading import choose_device, choose_dtype
 from model.sampling_params import SamplingParams
 from model.weights import expected_shapes
@@ -48,6 +53,7 @@ SHAPES = {  # layers, width, heads
     "gpt2-xl": (48, 1600, 25),
 }
 PROMPT, ANSWER = 128, 128
+REPLAYS = 50
 
 
 @contextmanager
@@ -99,8 +105,8 @@ class Engine:
         self.itemsize = networks.kv_dtype.itemsize
         self.device = networks.device
         self._scheduler = make_scheduler(start, networks, blocks, None)
-        runner = make_runner(start, networks, blocks, make_variants(start, networks))
-        self._pipeline = Pipeline(self._scheduler, runner)
+        self._runner = make_runner(start, networks, blocks, make_variants(start, networks))
+        self._pipeline = Pipeline(self._scheduler, self._runner)
         self._ids = itertools.count()
 
     def run(self, prompts: list[list[int]], tokens: int) -> Run:
@@ -121,6 +127,18 @@ class Engine:
                     run.tokens[said.id].append(said.token)
                     run.times[said.id].append(now)
         return run
+
+    def graph_seconds(self, streams: int) -> float | None:
+        """Of a decode step on the device alone; None where it is not a graph. Once something has run."""
+        graph = self._runner.graph(streams) if isinstance(self._runner, GraphRunner) else None
+        if graph is None:
+            return None
+
+        def replay() -> None:
+            for _ in range(REPLAYS):
+                graph()
+
+        return min(_seconds(self.device, replay) for _ in range(5)) / REPLAYS
 
 
 @dataclass(frozen=True)
@@ -179,7 +197,9 @@ def measure(shape: str, directory: Path, device: str, dtype: str, streams: int, 
     first = median(times[0] for times in run.times.values())
     worst = quantiles(run.gaps(), n=100)[98]
     rate = streams * len(steps) / (run.steps[-1] - run.steps[0])
-    cells = [shape, str(streams), f"{rate:,.0f}", f"{1e3 * step:.3f}", f"{1e3 * read / speed:.3f}"]
+    graph = engine.graph_seconds(streams)
+    on_device = ["–", "–"] if graph is None else [f"{1e3 * graph:.3f}", f"{graph / step:.0%}"]
+    cells = [shape, str(streams), f"{rate:,.0f}", f"{1e3 * step:.3f}", *on_device, f"{1e3 * read / speed:.3f}"]
     return row([*cells, f"{1e3 * first:.1f}", f"{1e3 * worst:.2f}"])
 
 
@@ -221,14 +241,17 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "tiny"])
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32, 128, 512])
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="transformers beside it")
+    parser.add_argument("--few-rows", type=int, help="the most rows that the kernels for few rows get; 0: none")
     arguments = parser.parse_args()
+    if arguments.few_rows is not None:
+        vars(importlib.import_module("model.gpu.few_rows"))["FEW"] = arguments.few_rows
     device = choose_device(arguments.device)
     name = cuda.describe(device) if device.type == "cuda" else platform.processor() or "CPU"
     speed = bandwidth(device)
     print(f"{name}, PyTorch {torch.__version__}, {speed / 1e9:,.0f} GB/s measured\n")
     check_parity(arguments.device)
-    print(row(["shape", "streams", "tok/s", "step ms", "floor ms", "TTFT ms", "ITL p99 ms"]))
-    print(row(["---", *["---:"] * 6]))
+    print(row(["shape", "streams", "tok/s", "step ms", "graph ms", "busy", "floor ms", "TTFT ms", "ITL p99 ms"]))
+    print(row(["---", *["---:"] * 8]))
     peers = []
     for shape in arguments.shapes:
         with checkpoint(shape) as directory:

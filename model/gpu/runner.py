@@ -125,6 +125,11 @@ class GraphRunner:
     def graphs(self) -> int:
         return len(self._graphs)
 
+    def graph(self, rows: int) -> Callable[[], None] | None:
+        """What a decode step of so many rows replays."""
+        rung = self._ladder.rung(rows)
+        return None if rung is None else self._graphs.get(rung)
+
     # === Steps ===
 
     @torch.inference_mode()

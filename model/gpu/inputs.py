@@ -1,6 +1,6 @@
 """A step's input in a buffer that never moves: one copy to the device a step, and graphs may read it for ever.
 
-The host's side has two copies in turn, so that a step can be written while the one before is still being read. The
+The host's side has several copies in turn, so that a step can be written while the one before is still being read. The
 device's begins with the tokens that the step before has sampled, so that one gather finds every row's token.
 """
 
@@ -19,6 +19,8 @@ from model.gpu.accelerator import Accelerator
 from model.gpu.seats import HOST, Seats
 from model.row import Row
 
+LOADS = 4  # two steps may be under way, each in two parts
+
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
@@ -28,6 +30,10 @@ class Chunks:
     seats: npt.NDArray[np.int64]  # (chunks,)
     starts: npt.NDArray[np.int64]  # (chunks,)
     counts: npt.NDArray[np.int64]  # (chunks,)
+
+    def part(self, start: int, stop: int) -> Chunks:
+        some = slice(start, stop)
+        return Chunks(self.rows[some], self.seats[some], self.starts[some], self.counts[some])
 
     @property
     def stops(self) -> npt.NDArray[np.int64]:
@@ -65,7 +71,7 @@ class StepInputs:
     ) -> None:
         """scratch_block: where rows that pad a batch write their keys and values."""
         size = sum(largest.sizes)
-        self._host = [accelerator.host_buffer(size, torch.int32) for _ in range(2)]
+        self._host = [accelerator.host_buffer(size, torch.int32) for _ in range(LOADS)]
         self._known = torch.zeros(largest.sequences + size, dtype=torch.int32, device=accelerator.device)
         self.sampled = self._known[: largest.sequences]  # of the step before, by its places
         self._device = self._known[largest.sequences :]
@@ -75,11 +81,13 @@ class StepInputs:
         self._turn = 0
 
     def load(self, chunks: Chunks, layout: Layout) -> None:
-        """Queue the copy of a step. A layout larger than the chunks is filled up with rows that read and write nothing.
+        """Queue the copy of a step, or of a part of it.
+
+        A layout larger than the chunks is filled up with rows that read and write nothing.
 
         A last token that the device has, by its seat's place, is taken from there.
         """
-        self._turn = 1 - self._turn
+        self._turn = (self._turn + 1) % LOADS
         host = self._host[self._turn]
         self._write(layout.parts(host.numpy()), chunks, layout)
         used = sum(layout.sizes)

@@ -1,10 +1,10 @@
 """Steps queued on a GPU without waiting for the one before: the next is planned and queued while it computes.
 
 A token that is still being computed is known by where the device will have it, so a sequence's next step can be queued
-before anybody knows what it continues. Steps that only decode are replayed CUDA graphs, padded to a rung of a ladder of
-sizes; others run as they are. What needs the host to see a token before the next one (grammars, penalties, and other
-things of which sampling.py here says that it cannot do them) and what has more to tell than tokens (prompt scores,
-pooled states) is left to the plain runner, after everything queued has come home.
+before anybody knows what it continues. Decode steps are replayed CUDA graphs, padded to a rung of a ladder of sizes;
+prompts beside them run as they are. What needs the host to see a token before the next one (grammars, penalties, and
+other things of which sampling.py here says that it cannot do them) and what has more to tell than tokens (prompt
+scores, pooled states) is left to the plain runner, after everything queued has come home.
 """
 
 from __future__ import annotations
@@ -162,28 +162,37 @@ class GraphRunner:
         rows = [self._plain.rows[id_] for id_ in ids]
         starts, counts = [chunk.start for chunk in plan.chunks], [chunk.count for chunk in plan.chunks]
         chunks = Chunks(rows, self._seats.of(ids), np.array(starts), np.array(counts))
-        # A sequence that is new may read a block which another's token completes in this very step.
-        rung = self._ladder.rung(len(rows)) if plan.decodes and not plan.added else None
-        if rung is not None and rung in self._graphs:
-            self._inputs.load(chunks, Layout(rung, rung, self._max_blocks))
-            self._graphs[rung]()
-        else:
-            self._run(chunks)
+        replayed = self._replay(chunks, _decodes(plan))
+        if replayed < len(rows):
+            self._run(chunks.part(replayed, len(rows)), replayed)
         samples = np.flatnonzero([chunk.samples for chunk in plan.chunks])
         self._queued = self._decide(plan, chunks)
         self._seats.place(chunks.seats[samples], samples)
         return self._queued
 
-    def _run(self, chunks: Chunks) -> None:
-        """A step that no graph has: its last rows' logits and their largest, where a graph would leave them."""
+    def _replay(self, chunks: Chunks, decodes: int) -> int:
+        """Let a graph compute the first so many, if there is one. Returns how many it computes.
+
+        What is left is launched kernel by kernel, while the device computes these.
+        """
+        rung = self._ladder.rung(decodes) if decodes else None
+        if rung is None or rung not in self._graphs:
+            return 0
+        self._inputs.load(chunks.part(0, decodes), Layout(rung, rung, self._max_blocks))
+        self._graphs[rung]()
+        return decodes
+
+    def _run(self, chunks: Chunks, first: int) -> None:
+        """Without a graph. Their last rows' logits and the largest of each stand from place `first` on."""
         count, stops = len(chunks.rows), chunks.stops
+        places = slice(first, first + count)
         layout = Layout(int(chunks.counts.sum()), count, -(-int(stops.max()) // self._cache.block_size))
         self._inputs.load(chunks, layout)
         spans = tuple(zip(chunks.counts.tolist(), stops.tolist(), strict=True))
         batch = self._inputs.batch(layout, spans)
         hidden = self._model.forward(batch, self._cache)
-        self._logits[:count] = self._model.logits(hidden[batch.query_starts[1:] - 1])
-        self._inputs.sampled[:count] = self._logits[:count].argmax(dim=-1)
+        self._logits[places] = self._model.logits(hidden[batch.query_starts[1:] - 1])
+        self._inputs.sampled[places] = self._logits[places].argmax(dim=-1)
 
     def _decide(self, plan: StepPlan, chunks: Chunks) -> Queued:
         """Draw what is not greedy, and send the tokens home."""
@@ -199,6 +208,16 @@ class GraphRunner:
         home = self._home[self._turn][:count]
         home.copy_(tokens, non_blocking=True)
         return Queued(self._accelerator.mark(), plan.chunks, rows, home, scores)
+
+
+def _decodes(plan: StepPlan) -> int:
+    """How many chunks, from the first, are decode steps of sequences that are not new.
+
+    One that is new may read a block which another's token completes in this very step, so it comes after that.
+    """
+    new = {each.id for each in plan.added}
+    decodes = (chunk.samples and chunk.count == 1 and chunk.id not in new for chunk in plan.chunks)
+    return next((i for i, is_one in enumerate(decodes) if not is_one), len(plan.chunks))
 
 
 def _alone(row: Row) -> bool:

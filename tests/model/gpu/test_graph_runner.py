@@ -193,7 +193,7 @@ def test_graphs_of_tritons_kernels_say_what_the_plain_runner_says(make_checkpoin
     assert tokens[0] == tokens[1]
 
 
-def test_a_sequence_that_joins_with_one_token_to_compute_is_no_replay(network: GPT2) -> None:
+def test_a_sequence_that_joins_with_one_token_to_compute_comes_after_the_replay(network: GPT2) -> None:
     """It may read a block that another one completes in the same step; a decode step's kernels do not wait for that."""
     device = StandIn()
     runner = graph_runner(network, device)
@@ -213,7 +213,20 @@ def test_a_sequence_that_joins_with_one_token_to_compute_is_no_replay(network: G
     assert plan.decodes
     assert [chunk.start for chunk in plan.chunks] == [BLOCK_SIZE - 1, BLOCK_SIZE]  # the one fills what the other shares
     runner.launch(plan)
-    assert device.replayed == 0
+    assert device.replayed == 1  # of the one that was there alone
+
+
+def test_streams_are_replayed_beside_the_prompt_of_another(network: GPT2) -> None:
+    device = StandIn()
+    drive = Drive(network, graph_runner(network, device))
+    plain = Drive(network, plain_runner(network)[0])
+    requests = [([1 + i, 2, 3], replace(GREEDY, max_tokens=6)) for i in range(4)]
+    for each in (drive, plain):
+        each.run(requests, together=1, leave=frozenset())
+    assert device.replayed == 9  # in all ten steps but the first; the prompts of three arrive with other steps
+    assert {i: [each.token for each in said] for i, said in drive.said.items()} == {
+        i: [each.token for each in said] for i, said in plain.said.items()
+    }
 
 
 def test_padding_writes_to_the_scratch_block_alone(network: GPT2) -> None:

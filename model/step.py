@@ -97,7 +97,7 @@ class PromptLogprobs:
 class StepResult:
     """Each chunk that samples has one token or, after guesses that were right, up to 1 + drafts of them in a row."""
 
-    sampled: list[SampledToken] = field(default_factory=list)  # in the order of the chunks that sample
+    sampled: list[SampledToken] = field(default_factory=list)  # those of one sequence in their order
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     drafted: dict[int, int] = field(default_factory=dict)  # guesses made for a sequence, if any
     drafting: float = 0.0  # seconds that making them took

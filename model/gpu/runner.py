@@ -4,13 +4,13 @@ A token that is still being computed is known by where the device will have it, 
 before anybody knows what it continues. Decode steps are replayed CUDA graphs, padded to a rung of a ladder of sizes;
 prompts beside them run as they are. What needs the host to see a token before the next one (grammars, penalties, and
 other things of which sampling.py here says that it cannot do them) and what has more to tell than tokens (prompt
-scores, pooled states) is left to the plain runner, after everything queued has come home.
+scores, pooled states) is left to the plain runner, and waited for; the others' graph runs beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 import numpy as np
@@ -57,6 +57,17 @@ class Queued:
                     sampled.append(SampledToken(chunk.id, token, told))
             self._result = StepResult(sampled)
         return self._result
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A step of which a part is under way, and the rest is done."""
+
+    queued: Queued
+    done: StepResult
+
+    def result(self) -> StepResult:
+        return replace(self.done, sampled=self.queued.result().sampled + self.done.sampled)
 
 
 class GraphRunner:
@@ -126,8 +137,8 @@ class GraphRunner:
         return len(self._graphs)
 
     def graph(self, rows: int) -> Callable[[], None] | None:
-        """What a decode step of so many rows replays."""
-        rung = self._ladder.rung(rows)
+        """What a decode step of so many rows replays; None for no rows, and for more than there is a graph for."""
+        rung = self._ladder.rung(rows) if rows else None
         return None if rung is None else self._graphs.get(rung)
 
     # === Steps ===
@@ -136,10 +147,23 @@ class GraphRunner:
     def launch(self, plan: StepPlan) -> Pending:
         self._plain.prepare(plan)
         self._seat(plan)
-        if self._apart and any(chunk.id in self._apart for chunk in plan.chunks):
+        decodes, others = self._split(plan)
+        if not any(chunk.id in self._apart for chunk in others):
+            return self._queue(decodes + others, len(decodes))
+        if self.graph(len(decodes)) is None:
             self._come_home()
             return Done(self._plain.compute(plan))
-        return self._queue(plan)
+        return Beside(self._queue(decodes, len(decodes)), self._plain.compute(StepPlan([], [], others)))
+
+    def _split(self, plan: StepPlan) -> tuple[list[ScheduledChunk], list[ScheduledChunk]]:
+        """Those that a graph can compute, and those that come after it.
+
+        A sequence that is new may read a block which another's token completes in this very step, so it comes after.
+        """
+        late = self._apart.union(new.id for new in plan.added)
+        first = [chunk.count == 1 and chunk.samples and chunk.id not in late for chunk in plan.chunks]
+        pairs = list(zip(plan.chunks, first, strict=True))
+        return [chunk for chunk, is_first in pairs if is_first], [chunk for chunk, is_first in pairs if not is_first]
 
     def _seat(self, plan: StepPlan) -> None:
         self._seats.leave(plan.removed)
@@ -156,17 +180,17 @@ class GraphRunner:
             self._queued = None
         self._seats.clear_places()
 
-    def _queue(self, plan: StepPlan) -> Queued:
-        """Of every chunk the last row is decided, wanted or not."""
-        ids = [chunk.id for chunk in plan.chunks]
+    def _queue(self, scheduled: list[ScheduledChunk], decodes: int) -> Queued:
+        """Of every chunk the last row is decided, wanted or not. decodes: how many, the first, a graph can compute."""
+        ids = [chunk.id for chunk in scheduled]
         rows = [self._plain.rows[id_] for id_ in ids]
-        starts, counts = [chunk.start for chunk in plan.chunks], [chunk.count for chunk in plan.chunks]
+        starts, counts = [chunk.start for chunk in scheduled], [chunk.count for chunk in scheduled]
         chunks = Chunks(rows, self._seats.of(ids), np.array(starts), np.array(counts))
-        replayed = self._replay(chunks, _decodes(plan))
+        replayed = self._replay(chunks, decodes)
         if replayed < len(rows):
             self._run(chunks.part(replayed, len(rows)), replayed)
-        samples = np.flatnonzero([chunk.samples for chunk in plan.chunks])
-        self._queued = self._decide(plan, chunks)
+        samples = np.flatnonzero([chunk.samples for chunk in scheduled])
+        self._queued = self._decide(scheduled, chunks)
         self._seats.place(chunks.seats[samples], samples)
         return self._queued
 
@@ -175,11 +199,11 @@ class GraphRunner:
 
         What is left is launched kernel by kernel, while the device computes these.
         """
-        rung = self._ladder.rung(decodes) if decodes else None
-        if rung is None or rung not in self._graphs:
+        graph, rung = self.graph(decodes), self._ladder.rung(decodes)
+        if graph is None or rung is None:
             return 0
         self._inputs.load(chunks.part(0, decodes), Layout(rung, rung, self._max_blocks))
-        self._graphs[rung]()
+        graph()
         return decodes
 
     def _run(self, chunks: Chunks, first: int) -> None:
@@ -194,7 +218,7 @@ class GraphRunner:
         self._logits[places] = self._model.logits(hidden[batch.query_starts[1:] - 1])
         self._inputs.sampled[places] = self._logits[places].argmax(dim=-1)
 
-    def _decide(self, plan: StepPlan, chunks: Chunks) -> Queued:
+    def _decide(self, scheduled: list[ScheduledChunk], chunks: Chunks) -> Queued:
         """Draw what is not greedy, and send the tokens home."""
         rows, count = chunks.rows, len(chunks.rows)
         logits, tokens = self._logits[:count], self._inputs.sampled[:count]
@@ -207,17 +231,7 @@ class GraphRunner:
         self._turn = 1 - self._turn
         home = self._home[self._turn][:count]
         home.copy_(tokens, non_blocking=True)
-        return Queued(self._accelerator.mark(), plan.chunks, rows, home, scores)
-
-
-def _decodes(plan: StepPlan) -> int:
-    """How many chunks, from the first, are decode steps of sequences that are not new.
-
-    One that is new may read a block which another's token completes in this very step, so it comes after that.
-    """
-    new = {each.id for each in plan.added}
-    decodes = (chunk.samples and chunk.count == 1 and chunk.id not in new for chunk in plan.chunks)
-    return next((i for i, is_one in enumerate(decodes) if not is_one), len(plan.chunks))
+        return Queued(self._accelerator.mark(), scheduled, rows, home, scores)
 
 
 def _alone(row: Row) -> bool:

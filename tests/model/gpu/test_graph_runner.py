@@ -193,6 +193,19 @@ def test_graphs_of_tritons_kernels_say_what_the_plain_runner_says(make_checkpoin
     assert tokens[0] == tokens[1]
 
 
+def test_streams_are_replayed_beside_one_that_the_device_cannot_decide(network: GPT2) -> None:
+    device = StandIn()
+    drive, plain = Drive(network, graph_runner(network, device)), Drive(network, plain_runner(network)[0])
+    penalised = replace(GREEDY, max_tokens=9, repetition_penalty=1.3)
+    requests = [([1, 2, 3], penalised), *(([4 + i, 5], replace(GREEDY, max_tokens=9)) for i in range(3))]
+    for each in (drive, plain):
+        each.run(requests, together=4, leave=frozenset())
+    assert device.replayed == 8  # in every step but the first, for the three
+    assert {i: [each.token for each in said] for i, said in drive.said.items()} == {
+        i: [each.token for each in said] for i, said in plain.said.items()
+    }
+
+
 def test_a_sequence_that_joins_with_one_token_to_compute_comes_after_the_replay(network: GPT2) -> None:
     """It may read a block that another one completes in the same step; a decode step's kernels do not wait for that."""
     device = StandIn()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu, host
+
+ROOT = Path(gpu.__file__).parents[1]
 
 
 def test_the_benchmark_checks_parity_and_prints_its_table(
@@ -31,3 +35,12 @@ def test_what_the_host_does_for_a_step_can_be_measured_without_a_device(
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
     assert [row[0] for row in rows] == ["1", "9"]
     assert all(float(cell.replace(",", "")) > 0 for row in rows for cell in row[1:])
+
+
+def test_a_whole_server_runs_on_a_device_that_does_nothing() -> None:
+    command = [sys.executable, "-m", "benchmarks.host", "--http", "--streams", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    streams, rate, cost = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert streams == "2"
+    assert float(rate.replace(",", "")) > 0
+    assert float(cost) > 0

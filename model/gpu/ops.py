@@ -19,6 +19,7 @@ from model.errors import DeviceError
 from model.gpu import cuda
 from model.gpu.attention import GatheredAttention, PagedAttention
 from model.gpu.linear import FixedLinear, FP32OutLinear, LayerNorm
+from model.gpu.sampling import Draw
 from model.kv_cache import KVCache, LayerCache
 from model.linear import Linear, PlainLinear
 from model.ops import Embedding, Norm, TorchOps
@@ -26,10 +27,14 @@ from model.ops import Embedding, Norm, TorchOps
 try:
     from model.gpu.few_rows import FewRows
     from model.gpu.triton_attention import TritonAttention
+    from model.gpu.triton_sampling import draw as triton_draw
 except ImportError:  # CPU builds of PyTorch come without Triton
     HAS_TRITON = False
 else:
     HAS_TRITON = True
+
+
+DRAW: Draw | None = triton_draw if HAS_TRITON else None
 
 
 class GpuOps(TorchOps):

@@ -21,7 +21,7 @@ from model.gpt2 import GPT2
 from model.gpu.accelerator import Accelerator
 from model.gpu.inputs import Chunks, Layout, StepInputs
 from model.gpu.ladder import Ladder
-from model.gpu.sampling import Sampler, on_device
+from model.gpu.sampling import Draw, Sampler, on_device
 from model.gpu.seats import Seats
 from model.kv_cache import KVCache
 from model.row import Row
@@ -86,8 +86,9 @@ class GraphRunner:
         max_seqs: int,
         max_blocks: int,
         scratch_block: int,
+        draw: Draw | None = None,
     ) -> None:
-        """max_rows: of any step. scratch_block: one of the cache's that belongs to nobody."""
+        """max_rows: of any step. scratch_block: one of the cache's that belongs to nobody. draw: the Sampler's."""
         self._plain = plain
         self._model = model
         self._cache = cache
@@ -100,7 +101,7 @@ class GraphRunner:
         self._apart: set[int] = set()  # sequences that are left to the plain runner
         largest = Layout(max(max_rows, max_seqs), max_seqs, max_blocks)
         self._inputs = StepInputs(accelerator, largest, cache.block_size, scratch_block, self._seats)
-        self._sampler = Sampler(accelerator, max_seqs, vocab)
+        self._sampler = Sampler(accelerator, max_seqs, vocab, draw)
         self._logits = torch.zeros(max_seqs, vocab, device=accelerator.device)
         self._home = [accelerator.host_buffer(max_seqs, torch.int32) for _ in range(2)]
         self._turn = 0

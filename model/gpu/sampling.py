@@ -22,6 +22,9 @@ HEAD = 256  # candidates that a row of a small top_k is picked from
 SLICE = 64  # rows of the vocabulary sorted, or summed in float64, at a time: it bounds the memory
 
 
+Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]  # as triton_sampling.draw
+
+
 class Way(IntEnum):
     GREEDY = 0
     WHOLE = 1  # no filter: the inverse of the cumulative distribution in token order
@@ -73,8 +76,10 @@ class Controls:
 class Sampler:
     """Knows the parameters of each seat, and owns the buffers they travel in, two in turn on the host's side."""
 
-    def __init__(self, accelerator: Accelerator, seats: int, vocab_size: int) -> None:
+    def __init__(self, accelerator: Accelerator, seats: int, vocab_size: int, draw: Draw | None = None) -> None:
+        """draw: decides rows of Way.WHOLE; None for PyTorch's way."""
         size = 6 * seats
+        self._draw = draw
         self._vocab_size = vocab_size
         self._seats: npt.NDArray[np.float64] = np.zeros((seats, 5))  # way, temperature, top_k, top_p, min_p
         self._host = [accelerator.host_buffer(size, torch.float64) for _ in range(2)]
@@ -94,16 +99,22 @@ class Sampler:
     def refine(
         self, logits: Tensor, greedy: Tensor, seats: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]
     ) -> Tensor:
-        """The rows' tokens, (rows,) int64. logits: (rows, vocab) fp32; greedy: (rows,) int64, their largest.
+        """The rows' tokens, (rows,). logits: (rows, vocab) fp32; greedy: (rows,), their largest.
 
         seats, uniforms: (rows,); the latter in [0, 1), and anything where the row is not drawn.
         """
         ways = {Way(each) for each in np.unique(self._seats[seats, 0])} - {Way.GREEDY}
-        controls, rows = self._load(seats, uniforms), len(seats)
+        controls, rows, tokens = self._load(seats, uniforms), len(seats), greedy
+        if self._draw is not None and Way.WHOLE in ways:
+            ways -= {Way.WHOLE}
+            given = controls.ways, controls.uniform, controls.temperature
+            tokens = self._draw(logits, tokens, *given, Way.WHOLE)
+        if not ways:
+            return tokens
         pieces = []
         for start in range(0, rows, SLICE):
             stop = min(start + SLICE, rows)
-            pieces.append(_pick(logits[start:stop], greedy[start:stop], controls.rows(start, stop), ways))
+            pieces.append(_pick(logits[start:stop], tokens[start:stop], controls.rows(start, stop), ways))
         return torch.cat(pieces)
 
     def _load(self, seats: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]) -> Controls:

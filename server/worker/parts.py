@@ -128,6 +128,8 @@ def _make_runner(start: Start, networks: Networks, num_blocks: int, variants: Va
     )
     if not graphs:
         return plain
+    from model.gpu.ops import DRAW  # noqa: PLC0415  imports Triton, which a CPU needs nothing of
+
     return GraphRunner(
         plain,
         network,
@@ -137,6 +139,7 @@ def _make_runner(start: Start, networks: Networks, num_blocks: int, variants: Va
         max_seqs=start.max_num_seqs,
         max_blocks=-(-start.max_model_len // start.block_size),
         scratch_block=num_blocks,
+        draw=DRAW,
     )
 
 

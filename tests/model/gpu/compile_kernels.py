@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model.gpu import triton_attention, triton_linear
+from model.gpu import triton_attention, triton_linear, triton_sampling
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INDICES = ("slots", "tables", "owners", "contexts", "starts")
@@ -36,7 +36,11 @@ CONSTANTS: list[tuple[Any, dict[str, object], dict[str, int]]] = [
         {},
     ),
     (triton_linear._few_rows, {"NORM": False, "RESIDUAL": True, "ACTIVATION": None, "OUT": triton_linear.OUT}, {}),
+    (triton_sampling._draw, {"WAY": 1, "TILE": triton_sampling.TILE}, {"num_warps": 8}),
 ]
+
+
+DRAWN = {"logits": "*fp32", "tokens": "*i32", "out": "*i32", "width": "i32"}  # of _draw; its others are float64
 
 
 def sized(name: str, dtype: str) -> list[dict[str, object]]:
@@ -50,7 +54,9 @@ def sized(name: str, dtype: str) -> list[dict[str, object]]:
     return [{}]
 
 
-def type_of(name: str, dtype: str) -> str:
+def type_of(kernel: str, name: str, dtype: str) -> str:
+    if kernel == "_draw":
+        return DRAWN.get(name, "*fp64")
     if name == "partial":
         return "*fp32"
     if name in INDICES:
@@ -66,7 +72,10 @@ def main() -> None:
     for kernel, constants, options in CONSTANTS:
         for more in sized(kernel.__name__, dtype):
             fixed = {**constants, **more}
-            types = {name: "constexpr" if name in fixed else type_of(name, dtype) for name in kernel.arg_names}
+            types = {
+                name: "constexpr" if name in fixed else type_of(kernel.__name__, name, dtype)
+                for name in kernel.arg_names
+            }
             hints = {
                 (i,): [["tt.divisibility", 16]]
                 for i, name in enumerate(kernel.arg_names)

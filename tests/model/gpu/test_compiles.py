@@ -29,7 +29,7 @@ def test_kernels_compile_for_gpus_and_keep_to_registers(architecture: int, dtype
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     kernels: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {each["kernel"] for each in kernels} == {"_write", "_decode", "_merge", "_prefill", "_few_rows"}
+    assert {each["kernel"] for each in kernels} == {"_write", "_decode", "_merge", "_prefill", "_few_rows", "_draw"}
     for each in kernels:
         assert each["stack"] <= 16, each
         if each["kernel"] in {"_decode", "_prefill", "_few_rows"}:

@@ -21,6 +21,7 @@ from model.gpu import ops as gpu
 from model.gpu.attention import GatheredAttention, PagedAttention
 from model.gpu.ops import GpuOps
 from model.gpu.runner import GraphRunner
+from model.gpu.sampling import Draw
 from model.kv_cache import KVCache
 from model.runner import Runner
 from model.sampling_params import SamplingParams
@@ -53,11 +54,11 @@ def plain_runner(network: GPT2) -> tuple[Runner, KVCache]:
     return Runner(network, cache, CPU, CONTEXT), cache
 
 
-def graph_runner(network: GPT2, device: StandIn) -> GraphRunner:
+def graph_runner(network: GPT2, device: StandIn, draw: Draw | None = None) -> GraphRunner:
     plain, cache = plain_runner(network)
     runner = GraphRunner(
         plain, network, cache, device,
-        max_rows=BUDGET, max_seqs=SEATS, max_blocks=CONTEXT // BLOCK_SIZE, scratch_block=BLOCKS,
+        max_rows=BUDGET, max_seqs=SEATS, max_blocks=CONTEXT // BLOCK_SIZE, scratch_block=BLOCKS, draw=draw,
     )  # fmt: skip
     runner.capture()
     return runner
@@ -183,9 +184,14 @@ def test_what_the_device_cannot_decide_waits_for_what_is_queued(network: GPT2) -
 @pytest.mark.skipif(cuda.available(), reason="Triton's interpreter is needed, which a GPU's Triton is not")
 def test_graphs_of_tritons_kernels_say_what_the_plain_runner_says(make_checkpoint: Made, network: GPT2) -> None:
     fused = network_of(make_checkpoint()[0], gpu.TritonAttention(deterministic=False))
-    requests = [(list(range(1, 15 + 3 * i)), replace(GREEDY, max_tokens=5)) for i in range(3)]
+    how = [
+        replace(GREEDY, max_tokens=5),
+        SamplingParams(seed=4, max_tokens=5),
+        SamplingParams(seed=5, max_tokens=5, top_k=9),
+    ]
+    requests = [(list(range(1, 15 + 3 * i)), params) for i, params in enumerate(how)]
     device = StandIn()
-    ahead, in_turn = Drive(network, graph_runner(fused, device)), Drive(network, plain_runner(network)[0])
+    ahead, in_turn = Drive(network, graph_runner(fused, device, gpu.DRAW)), Drive(network, plain_runner(network)[0])
     for drive in (ahead, in_turn):
         drive.run(requests, together=2, leave=frozenset())
     assert device.replayed > 0

@@ -14,12 +14,13 @@ from standin import StandIn
 from torch import Tensor
 
 from model.dry import DryParams
+from model.gpu import cuda, ops, sampling
 from model.gpu.sampling import Sampler, on_device
 from model.picking import pick
 from model.sampling_params import SamplingParams
 from model.sampling_row import SamplingRow
 
-VOCAB = 700
+VOCAB, TILE = 700, 4096  # the latter is what the kernel reads at once
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ def row_of(draw: Draw) -> SamplingRow:
     )
 
 
-def refine(logits: Tensor, rows: list[Draw]) -> list[int]:
+def refine(logits: Tensor, rows: list[Draw], draw: sampling.Draw | None = None) -> list[int]:
     """The first row has the last seat."""
-    sampler, seats = Sampler(StandIn(), len(rows), VOCAB), np.arange(len(rows))[::-1].copy()
+    sampler, seats = Sampler(StandIn(), len(rows), logits.shape[1], draw), np.arange(len(rows))[::-1].copy()
     for seat, row in zip(seats, rows, strict=True):
         sampler.keep(int(seat), row.params)
     assert sampler.drawn(seats) == [i for i, row in enumerate(rows) if not row.params.greedy]
@@ -70,6 +71,17 @@ def test_a_batch_is_decided_as_its_rows_would_be(rows: list[Draw], seed: int) ->
     logits = 4 * torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(seed))
     expected = [pick(logits[i : i + 1], [row_of(row)])[0] for i, row in enumerate(rows)]
     assert refine(logits, rows) == expected
+
+
+@pytest.mark.skipif(ops.DRAW is None, reason="there is no Triton for this system")
+@pytest.mark.skipif(cuda.available(), reason="Triton's interpreter is needed, which a GPU's Triton is not")
+@settings(max_examples=40, deadline=None)
+@given(st.lists(draws(), min_size=1, max_size=9), st.integers(0, 1000))
+def test_one_kernel_draws_what_picking_draws(rows: list[Draw], seed: int) -> None:
+    logits = 4 * torch.randn(len(rows), 2 * TILE + 9, generator=torch.Generator().manual_seed(seed))
+    logits[0, ::3] = -torch.inf
+    expected = [pick(logits[i : i + 1], [row_of(row)])[0] for i, row in enumerate(rows)]
+    assert refine(logits, rows, ops.DRAW) == expected
 
 
 def test_a_row_does_not_feel_its_neighbours() -> None:

@@ -1,4 +1,4 @@
-"""All layers for a decode step of few rows: five kernels a layer, where one after the other they are eleven."""
+"""All layers for a decode step of few rows: six kernels a layer, where one after the other they are eleven."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Linear layers of a few rows in Triton: the norm before and the activation or residual after ride along.
 
-A decode step of few streams reads weights and does little else: what it costs is launches, and five kernels a layer are
+A decode step of few streams reads weights and does little else: what it costs is launches, and six kernels a layer are
 less than eleven. Sums are fp32, and so is everything between the rows that come in and those that go out.
 """
 

@@ -26,8 +26,9 @@ from model.gpu.seats import Seats
 from model.kv_cache import KVCache
 from model.row import Row
 from model.runner import Runner
+from model.sampling_params import SamplingParams
 from model.scores import Scores, score
-from model.step import Done, Pending, SampledToken, ScheduledChunk, StepPlan, StepResult
+from model.step import Done, NewSequence, Pending, SampledToken, ScheduledChunk, StepPlan, StepResult
 
 CAPTURE_SECONDS = 30.0  # rungs that are not recorded by then do without: their steps take the next larger one
 NOBODY = Chunks([], *(np.zeros(0, dtype=np.int64) for _ in range(3)))
@@ -94,6 +95,7 @@ class GraphRunner:
         self._cache = cache
         self._accelerator = accelerator
         self._max_blocks = max_blocks
+        self._scratch_block = scratch_block
         vocab = model.config.vocab_size
         self._ladder = Ladder(max_seqs)
         self._graphs: dict[int, Callable[[], None]] = {}
@@ -113,6 +115,7 @@ class GraphRunner:
     def capture(self, recorded: Recorded | None = None, seconds: float = CAPTURE_SECONDS) -> None:
         """Record a decode step for each rung, largest first, for as long as there is time. recorded: told of each."""
         began, sizes = monotonic(), self._ladder.sizes
+        self._warm_up()
         for done, size in enumerate(reversed(sizes)):
             if done and monotonic() - began > seconds:
                 self._ladder = self._ladder.without(below=sizes[len(sizes) - done])
@@ -122,6 +125,17 @@ class GraphRunner:
             self._graphs[size] = self._accelerator.capture(self._decode_step(layout))
             if recorded is not None:
                 recorded(done + 1, len(sizes), monotonic() - began)
+
+    def _warm_up(self) -> None:
+        """A prompt of two tokens that belong to nobody: nobody's first one shall wait for kernels to be compiled."""
+        new = NewSequence(id=-1, prompt=[0, 0], output=[], params=SamplingParams(seed=0, max_tokens=1))
+        row = Row(new, len(new.prompt), self._max_blocks)
+        row.blocks.fill(self._scratch_block)
+        self._sampler.keep(self._seats.take(new.id, row), row.params)
+        chunks = Chunks([row], self._seats.of([new.id]), np.array([0]), np.array([row.length]))
+        self._run(chunks, 0)
+        self._decide([], chunks)
+        self._seats.leave([new.id])
 
     def _decode_step(self, layout: Layout) -> Callable[[], None]:
         rows = layout.rows
@@ -211,7 +225,7 @@ class GraphRunner:
         """Without a graph. Their last rows' logits and the largest of each stand from place `first` on."""
         count, stops = len(chunks.rows), chunks.stops
         places = slice(first, first + count)
-        layout = Layout(int(chunks.counts.sum()), count, -(-int(stops.max()) // self._cache.block_size))
+        layout = Layout(int(chunks.counts.sum()), count, self._max_blocks)
         self._inputs.load(chunks, layout)
         spans = tuple(zip(chunks.counts.tolist(), stops.tolist(), strict=True))
         batch = self._inputs.batch(layout, spans)

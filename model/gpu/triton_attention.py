@@ -17,6 +17,7 @@ from model.kv_cache import LayerCache
 
 SPLIT = 256  # positions that one program of a decode step reads
 TILE = 64  # positions that it reads at once
+VARYING = ["table_width", "splits"]  # from step to step: no kernel is compiled anew for what these happen to be
 PREFILL = {2: (64, 64), 4: (32, 32)}  # rows and positions that one program of a prefill takes, by the size of a number
 
 
@@ -34,10 +35,10 @@ def _write(qkv, keys, values, slots, heads, block_size, head_dim, stride, WIDTH:
     tl.store(values + target, tl.load(qkv + source + heads * head_dim, inside), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _decode(
     qkv, keys, values, tables, owners, contexts, partial, scale, heads, block_size, head_dim, stride, table_width,
-    ALONE: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    splits, ALONE: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program a row, head and split: its maximum, its sum of exponentials, its weighted values.
 
@@ -88,14 +89,14 @@ def _decode(
             total = total * shrink + weight
             mixed = mixed * shrink + value.to(tl.float32) * weight
             highest = peak
-        out = partial + ((row.to(tl.int64) * heads + head) * SPLITS + split) * (WIDTH + 2)
+        out = partial + ((row.to(tl.int64) * heads + head) * splits + split) * (WIDTH + 2)
         tl.store(out, highest)
         tl.store(out + 1, total)
         tl.store(out + 2 + column, mixed)
 
 
-@triton.jit
-def _merge(partial, contexts, out, heads, head_dim, SPLITS: tl.constexpr, SPLIT: tl.constexpr, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=VARYING)
+def _merge(partial, contexts, out, heads, head_dim, splits, SPLIT: tl.constexpr, WIDTH: tl.constexpr):
     """One program a row and head: its splits, in order."""
     row, head = tl.program_id(0), tl.program_id(1)
     context = tl.load(contexts + row)
@@ -104,7 +105,7 @@ def _merge(partial, contexts, out, heads, head_dim, SPLITS: tl.constexpr, SPLIT:
     total = 0.0
     mixed = tl.zeros([WIDTH], tl.float32)
     for split in range(tl.cdiv(context, SPLIT)):
-        part = partial + ((row.to(tl.int64) * heads + head) * SPLITS + split) * (WIDTH + 2)
+        part = partial + ((row.to(tl.int64) * heads + head) * splits + split) * (WIDTH + 2)
         peak = tl.maximum(highest, tl.load(part))
         shrink = tl.exp(highest - peak)
         weight = tl.exp(tl.load(part) - peak)
@@ -115,7 +116,7 @@ def _merge(partial, contexts, out, heads, head_dim, SPLITS: tl.constexpr, SPLIT:
     tl.store(out + target, (mixed / total).to(out.dtype.element_ty), column < head_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _prefill(
     qkv, keys, values, tables, starts, contexts, out, scale, heads, block_size, head_dim, stride, table_width,
     QUERIES: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
@@ -205,8 +206,8 @@ def _attend(
     out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     _decode[(rows, heads, splits)](
         qkv, cache.keys, cache.values, tables, contexts if owners is None else owners, contexts, partial, scale, heads,
-        block_size, head_dim, qkv.stride(0), table_width,
-        ALONE=owners is None, SPLITS=splits, SPLIT=SPLIT, TILE=TILE, WIDTH=width,
+        block_size, head_dim, qkv.stride(0), table_width, splits,
+        ALONE=owners is None, SPLIT=SPLIT, TILE=TILE, WIDTH=width,
     )  # fmt: skip
-    _merge[(rows, heads)](partial, contexts, out, heads, head_dim, SPLITS=splits, SPLIT=SPLIT, WIDTH=width, num_warps=1)
+    _merge[(rows, heads)](partial, contexts, out, heads, head_dim, splits, SPLIT=SPLIT, WIDTH=width, num_warps=1)
     return out

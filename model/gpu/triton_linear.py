@@ -32,7 +32,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _few_rows(
     x, weight, bias, gain, shift, residual, out, rows, width_in, width_out, epsilon,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,

@@ -23,12 +23,12 @@ INDICES = ("slots", "tables", "owners", "contexts", "starts")
 FLOATS = ("scale", "epsilon")
 # GPT-2's widths, and so the distances between lines, are multiples of 16: Triton sees that in the arguments of a call.
 EVEN = ("block_size", "head_dim", "stride", "width_in", "width_out")
-SPLITS: dict[str, object] = {"SPLITS": 4, "SPLIT": triton_attention.SPLIT, "WIDTH": 64}
+SPLIT: dict[str, object] = {"SPLIT": triton_attention.SPLIT, "WIDTH": 64}
 CONSTANTS: list[tuple[Any, dict[str, object], dict[str, int]]] = [
     (triton_attention._write, {"WIDTH": 64}, {"num_warps": 1}),
-    (triton_attention._decode, {"ALONE": True, **SPLITS, "TILE": triton_attention.TILE}, {}),
-    (triton_attention._decode, {"ALONE": False, **SPLITS, "TILE": triton_attention.TILE}, {}),
-    (triton_attention._merge, SPLITS, {"num_warps": 1}),
+    (triton_attention._decode, {"ALONE": True, **SPLIT, "TILE": triton_attention.TILE}, {}),
+    (triton_attention._decode, {"ALONE": False, **SPLIT, "TILE": triton_attention.TILE}, {}),
+    (triton_attention._merge, SPLIT, {"num_warps": 1}),
     (triton_attention._prefill, {"WIDTH": 64}, {}),
     (
         triton_linear._few_rows,

@@ -54,9 +54,9 @@ def row_of(draw: Draw) -> SamplingRow:
     )
 
 
-def refine(logits: Tensor, rows: list[Draw], draw: sampling.Draw | None = None) -> list[int]:
+def refine(logits: Tensor, rows: list[Draw]) -> list[int]:
     """The first row has the last seat."""
-    sampler, seats = Sampler(StandIn(), len(rows), logits.shape[1], draw), np.arange(len(rows))[::-1].copy()
+    sampler, seats = Sampler(StandIn(), len(rows), VOCAB), np.arange(len(rows))[::-1].copy()
     for seat, row in zip(seats, rows, strict=True):
         sampler.keep(int(seat), row.params)
     assert sampler.drawn(seats) == [i for i, row in enumerate(rows) if not row.params.greedy]
@@ -74,14 +74,26 @@ def test_a_batch_is_decided_as_its_rows_would_be(rows: list[Draw], seed: int) ->
 
 
 @pytest.mark.skipif(ops.DRAW is None, reason="there is no Triton for this system")
-@pytest.mark.skipif(cuda.available(), reason="Triton's interpreter is needed, which a GPU's Triton is not")
 @settings(max_examples=40, deadline=None)
-@given(st.lists(draws(), min_size=1, max_size=9), st.integers(0, 1000))
-def test_one_kernel_draws_what_picking_draws(rows: list[Draw], seed: int) -> None:
-    logits = 4 * torch.randn(len(rows), 2 * TILE + 9, generator=torch.Generator().manual_seed(seed))
+@given(st.lists(st.tuples(st.sampled_from([0.2, 1.0, 3.0]), st.floats(0, 1 - 2**-32)), min_size=1, max_size=6))
+def test_one_kernel_draws_where_the_cumulative_distribution_passes_the_number(rows: list[tuple[float, float]]) -> None:
+    assert ops.DRAW is not None
+    device = torch.device("cuda" if cuda.available() else "cpu")
+    logits = 4 * torch.randn(len(rows), 2 * TILE + 9, generator=torch.Generator().manual_seed(len(rows)))
     logits[0, ::3] = -torch.inf
-    expected = [pick(logits[i : i + 1], [row_of(row)])[0] for i, row in enumerate(rows)]
-    assert refine(logits, rows, ops.DRAW) == expected
+    temperatures, uniforms = torch.tensor(rows, dtype=torch.float64).split(1, dim=1)
+    ways = torch.full_like(uniforms, sampling.Way.WHOLE)
+    ways[-1] = sampling.Way.GREEDY
+    kept = torch.full((len(rows),), 7, dtype=torch.int32)
+    parts = (part.contiguous().to(device) for part in (logits, kept, ways, uniforms, temperatures))
+    *drawn, last = ops.DRAW(*parts, sampling.Way.WHOLE).tolist()
+    assert last == 7
+    mass = (logits / temperatures).softmax(dim=-1).cumsum(dim=-1)  # float64, since temperatures are
+    for row, token in enumerate(drawn):
+        number = uniforms[row, 0].item()
+        assert mass[row, token] > number - 1e-6
+        assert token == 0 or mass[row, token - 1] < number + 1e-6
+        assert logits[row, token] > -torch.inf
 
 
 def test_a_row_does_not_feel_its_neighbours() -> None:

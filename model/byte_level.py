@@ -81,10 +81,16 @@ class ByteLevelTokenizer:
         return name_of(self._bytes[id_])
 
     def runs(self, word: str) -> list[list[int]]:
-        """As vLLM: the word as it starts a text, and after a space where that makes another token of it."""
-        plain, spaced = self.encode(word.lstrip()), self.encode(" " + word.lstrip())
-        other = not plain or (spaced[0] != plain[0] and len(spaced) == len(plain))
-        return [run for run in (plain, spaced if other else []) if run]
+        """As vLLM: the word as it starts a text, and after a space where that makes another token of it.
+
+        Only spaces before a word do not count: any other white space is what the client has written, and so is a word
+        of spaces alone.
+        """
+        bare = word.lstrip(" ")
+        if not bare:
+            return [run for run in [self.encode(word)] if run]
+        plain, spaced = self.encode(bare), self.encode(" " + bare)
+        return [plain, spaced] if spaced[0] != plain[0] and len(spaced) == len(plain) else [plain]
 
 
 class ByteDecoder:

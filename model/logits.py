@@ -1,8 +1,11 @@
 """The steps between raw logits and temperature. Each row by itself, from its own numbers alone.
 
 In this order: allowed tokens, biases, what min_tokens and bad_words ban (all as in vLLM), repetition, presence and
-frequency penalties, DRY, and last the grammar, which nothing overrules: where the bans leave no token at all, they and
-the penalties are void for this row and the grammar alone decides.
+frequency penalties, DRY, and last the grammar, which nothing overrules: where the bans leave none of the tokens it
+allows, they and the penalties are void for this row and the grammar alone decides.
+
+A row without a grammar in which no token is left stays so: it is -inf throughout, `nothing_left` names it, and `sample`
+returns None for its token. A token that is forbidden is never sampled.
 """
 
 from __future__ import annotations
@@ -11,23 +14,37 @@ import torch
 from torch import Tensor
 
 from model.dry import dry_penalties
+from model.sampling_params import BAN
 from model.sampling_row import SamplingRow
-
-BAN = -100.0  # a logit_bias this low bans the token outright, as OpenAI documents
 
 
 def adjust(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
-    """logits: (len(rows), vocab) fp32, left as they were. Returns them, or a copy where any row changes something."""
+    """logits: (len(rows), vocab) fp32, left as they were. Returns them, or a copy where any row changes something.
+
+    A row in which no token is left is -inf throughout.
+    """
     changed = [i for i, row in enumerate(rows) if _changes(row)]
     if not changed:
         return logits
     adjusted = logits.clone()
     for i in changed:
         _adjust_row(adjusted[i], rows[i])
-        if adjusted[i].max() == -torch.inf:
+        if rows[i].allowed is not None and adjusted[i].max() == -torch.inf:
             adjusted[i] = logits[i]
             _mask(adjusted[i], rows[i])
     return adjusted
+
+
+def nothing_left(adjusted: Tensor, rows: list[SamplingRow]) -> set[int]:
+    """The rows in which no token is left. adjusted: (len(rows), vocab), as `adjust` returned them."""
+    return {i for i, row in enumerate(rows) if _bans(row) and adjusted[i].max() == -torch.inf}
+
+
+def _bans(row: SamplingRow) -> bool:
+    """Whether it can have no token left."""
+    params = row.params
+    banned = params.allowed_token_ids is not None or params.bad_words or row.output.numel() < params.min_tokens
+    return bool(banned) or any(bias <= BAN for _, bias in params.logit_bias)
 
 
 def _changes(row: SamplingRow) -> bool:

@@ -171,7 +171,7 @@ class Runner:
             own = [next(drawn) for _ in range(len(guessed) + 1)]
             right = next((i for i, guess in enumerate(guessed) if guess != own[i][0]), len(guessed))
             for token, scores in own[: right + 1]:
-                state = self.rows[chunk.id].append(token)
+                state = None if token is None else self.rows[chunk.id].append(token)
                 sampled.append(SampledToken(chunk.id, token, scores, state))
         return sampled
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.logits import adjust
+from model.logits import adjust, nothing_left
 from model.picking import pick
 from model.sampling_row import SamplingRow
 from model.scores import score
 from model.step import TokenLogprobs
 
 
-def sample(logits: Tensor, rows: list[SamplingRow]) -> tuple[list[int], list[TokenLogprobs | None]]:
-    """logits: (len(rows), vocab) fp32, left as they were. Returns each row's token, and its scores where asked for."""
-    scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    tokens = pick(adjust(logits, rows), rows)
+def sample(logits: Tensor, rows: list[SamplingRow]) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+    """logits: (len(rows), vocab) fp32, left as they were. Returns each row's token, and its scores where asked for.
+
+    The token is None, and has no scores, where the row's own bans leave none to pick: see logits.py.
+    """
+    tokens = _pick(adjust(logits, rows), rows)
+    scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None and tokens[i] is not None]
     scores: list[TokenLogprobs | None] = [None] * len(rows)
     if scored:
         tops = [rows[i].params.logprobs or 0 for i in scored]
@@ -27,6 +30,18 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> tuple[list[int], list[Tok
         for i, found in zip(scored, token_logprobs(logits[scored], picked, tops), strict=True):
             scores[i] = found
     return tokens, scores
+
+
+def _pick(adjusted: Tensor, rows: list[SamplingRow]) -> list[int | None]:
+    empty = nothing_left(adjusted, rows)
+    if not empty:
+        return [*pick(adjusted, rows)]
+    tokens: list[int | None] = [None] * len(rows)
+    left = [i for i in range(len(rows)) if i not in empty]
+    if left:
+        for i, token in zip(left, pick(adjusted[left], [rows[i] for i in left]), strict=True):
+            tokens[i] = token
+    return tokens
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, tops: list[int]) -> list[TokenLogprobs]:

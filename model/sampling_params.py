@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from model.dry import DryParams
 
+BAN = -100.0  # a logit_bias this low bans the token outright, as OpenAI documents
 GREEDY_BELOW = 1e-5  # a smaller temperature would overflow the division; it means argmax anyway
 
 

@@ -128,7 +128,8 @@ class DraftModel:
     def _guess(self, rows: list[Row], hidden: Tensor, made: int) -> list[int]:
         eos = self._model.config.eos_token_id
         deciders = [row.sampling_row(made, eos, self._device) for row in rows]
-        return sample(self._model.logits(hidden), deciders)[0]
+        # Where no token is left the network will find that out: whatever is guessed there is wrong.
+        return [0 if token is None else token for token in sample(self._model.logits(hidden), deciders)[0]]
 
     def forget(self, id_: int) -> None:
         self._computed.pop(id_, None)

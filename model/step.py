@@ -79,7 +79,7 @@ class GrammarState(Enum):
 
 class SampledToken(msgspec.Struct, frozen=True):
     id: int  # of the sequence
-    token: int
+    token: int | None  # None where the sequence's own bans leave no token: it ends without one
     logprobs: TokenLogprobs | None = None
     grammar: GrammarState | None = None  # None without a grammar
 

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.auth import caller_of
+from server.api.bans import check_any_left
 from server.api.body import ClientGone, read_body, until_gone
 from server.api.errors import INTERNAL, error_object
 from server.api.keys import Caller
@@ -122,6 +123,7 @@ class CompletionService:
     async def _params(self, asked: CompletionRequest) -> SamplingParams:
         """With what needs the vocabulary. Raises InvalidRequest or Overloaded."""
         params = await self.phrases.resolve(asked.params, asked.body)
+        check_any_left(params, [self.tokenizer.eos_token_id], self.limits.vocab_size)
         if asked.structure is None:
             return params
         if self.grammars is None:

@@ -11,11 +11,16 @@ def told(sequence: Sequence, samples: list[SampledToken], rows: PromptLogprobs |
     """Append a step's tokens, up to the one that ends the sequence, if any does."""
     outputs: list[SequenceOutput] = []
     for sample in samples:
-        outputs.append(output(sequence, sample, rows, sequence.append(sample.token, sample.grammar)))
+        outputs.append(output(sequence, sample, rows, _append(sequence, sample)))
         rows = None
         if outputs[-1].finish is not None:
             break
     return outputs
+
+
+def _append(sequence: Sequence, sample: SampledToken) -> FinishReason | None:
+    """Whether the sequence is at its end. Where no token was left for it, it is, with what it has."""
+    return FinishReason.STOP if sample.token is None else sequence.append(sample.token, sample.grammar)
 
 
 def output(
@@ -27,6 +32,7 @@ def output(
 ) -> SequenceOutput:
     """One message about a sequence. What its prompt found in the cache is told once, with the first."""
     cached_tokens, sequence.cached_tokens = sequence.cached_tokens, None
+    said = sample is not None and sample.token is not None
     return SequenceOutput(
         id=sequence.id,
         token=None if sample is None else sample.token,
@@ -34,7 +40,7 @@ def output(
         prompt_logprobs=rows,
         pooled=pooled,
         finish=finish,
-        stop_token=sequence.stop_token if finish is FinishReason.STOP else None,
+        stop_token=sequence.stop_token if finish is FinishReason.STOP and said else None,
         cached_tokens=cached_tokens,
     )
 

@@ -13,7 +13,8 @@ TOKENIZER = tokenizer()  # bytes, " t" 256, " th" 257, " the" 258, "he" 259, "ll
 @pytest.mark.parametrize(("word", "runs"), [
     ("the", [(116, 259)]),  # " the" is one token where "the" is two: vLLM leaves it out
     ("he", [(259,)]), ("x", [(120,)]), ("w", [(119,), (262,)]), (" w", [(119,), (262,)]), (" ", [(32,)]),
-    ("<|endoftext|>", [(300,)]),
+    ("<|endoftext|>", [(300,)]), ("\n", [(10,)]), ("\t", [(9,)]), ("  ", [(32, 32)]), ("\nhe", [(10, 259)]),
+    ("\u3000w", [(0xE3, 0x80, 0x80, 119)]), (" \n", [(10,)]),
 ])  # fmt: skip
 def test_bad_words(word: str, runs: list[tuple[int, ...]]) -> None:
     assert [tuple(run) for run in TOKENIZER.runs(word)] == runs

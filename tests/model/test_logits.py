@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_sampling import VOCAB, distribution, logits, row, warped
+from test_sampling import EOS, VOCAB, distribution, logits, row, warped
 from transformers import (
     NoBadWordsLogitsProcessor,
     TemperatureLogitsWarper,
@@ -159,7 +159,7 @@ def test_the_grammar_overrules_bans_that_leave_nothing() -> None:
     allowed = torch.zeros(VOCAB, dtype=torch.bool)
     allowed[[3, 4]] = True
 
-    def picked(**params: Any) -> int:
+    def picked(**params: Any) -> int | None:
         return sample(values, [replace(row(temperature=0.0, **params), allowed=allowed)])[0][0]
 
     best = max((3, 4), key=lambda token: float(values[0, token]))
@@ -169,6 +169,30 @@ def test_the_grammar_overrules_bans_that_leave_nothing() -> None:
     assert picked(allowed_token_ids=(9,), bad_words=((9,),)) == best
 
 
-def test_bans_that_leave_nothing_are_void() -> None:
-    values = logits()
-    assert sample(values, [row(0.5, allowed_token_ids=(3,), bad_words=((3,),))])[0] == sample(values, [row(0.5)])[0]
+EVERYTHING = [
+    {"allowed_token_ids": (3,), "bad_words": ((3,),)},
+    {"allowed_token_ids": (3, 4), "logit_bias": ((3, -100.0),), "bad_words": ((9, 4),), "output": [9]},
+    {"allowed_token_ids": (EOS, 7), "min_tokens": 2, "stop_token_ids": (7,), "output": [7]},
+    {"logit_bias": tuple((token, -100.0) for token in range(VOCAB))},
+]
+
+
+@pytest.mark.parametrize("filters", [
+    {}, {"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 300, "min_p": 0.1}, {"typical_p": 0.5, "xtc_probability": 1.0},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("bans", EVERYTHING, ids="+".join)
+def test_where_everything_is_banned_no_token_comes(bans: dict[str, Any], filters: dict[str, Any]) -> None:
+    """Nor does the row disturb its neighbours; and it has no scores."""
+    values = logits(3)
+    rows = [row(0.5), row(0.5, logprobs=2, **bans, **filters), row(0.5, temperature=0.0)]
+    tokens, scores = sample(values, rows)
+    assert (tokens[1], scores[1]) == (None, None)
+    assert tokens[::2] == [sample(values[i : i + 1], [rows[i]])[0][0] for i in (0, 2)]
+
+
+@pytest.mark.parametrize("bans", EVERYTHING[:3], ids="+".join)
+def test_what_is_banned_now_may_be_said_later(bans: dict[str, Any]) -> None:
+    """It is this row's own bans that leave nothing, with this output."""
+    freed = {**bans, "bad_words": (), "output": [1, 2, 5]}
+    (token,), _ = sample(logits(), [row(0.5, **freed)])
+    assert token in bans["allowed_token_ids"]

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import pytest
 from serving import RunningServer
 
 LETTERS = list(range(64, 80))  # the tokens a to p: texts of these repeat themselves
@@ -67,3 +68,36 @@ def test_breakers_reach_the_sampler(idle: RunningServer) -> None:
     plain = choice(idle, temperature=0)["text"]
     assert choice(idle, **strong, dry_sequence_breakers=letters)["text"] == plain
     assert choice(idle, **strong, dry_sequence_breakers=[])["text"] != plain
+
+
+BANNED: list[tuple[str, dict[str, Any]]] = [
+    ("allowed_token_ids", {"allowed_token_ids": [262], "bad_words": [" the"]}),
+    ("allowed_token_ids", {"allowed_token_ids": [262], "bad_words": ["the"]}),
+    ("allowed_token_ids", {"allowed_token_ids": [262, 9], "logit_bias": {"262": -100, "9": -100}}),
+    ("allowed_token_ids", {"allowed_token_ids": [50256], "min_tokens": 1}),
+    ("allowed_token_ids", {"allowed_token_ids": [5, 6], "min_tokens": 3, "stop_token_ids": [5, 6]}),
+]
+
+
+@pytest.mark.parametrize(("param", "fields"), BANNED, ids=str)
+def test_a_request_that_bans_every_token_is_refused(param: str, fields: dict[str, Any], idle: RunningServer) -> None:
+    answer = httpx.post(f"{idle.url}/v1/completions", json={"prompt": "a", **fields})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_a_choice_ends_where_nothing_may_follow_and_says_nothing_forbidden(idle: RunningServer) -> None:
+    """The one token that is allowed may not follow itself."""
+    (allowed,) = _tokens(idle, " a")
+    fields = {"prompt": "one", "allowed_token_ids": [allowed], "bad_words": [" a a"], "max_tokens": 9}
+    for more in ({}, {"n": 3, "logprobs": 2}, {"min_tokens": 5, "temperature": 0}, {"stop_token_ids": [9]}):
+        for answer in idle.complete(**fields, **more, return_token_ids=True)["choices"]:
+            assert answer["token_ids"] == [allowed]
+            assert (answer["text"], answer["finish_reason"], answer["stop_reason"]) == (" a", "stop", None)
+    pieces = [chunk["choices"][0] for chunk in idle.stream(**fields)]
+    assert ("".join(piece["text"] for piece in pieces), pieces[-1]["finish_reason"]) == (" a", "stop")
+
+
+def test_a_line_end_among_the_bad_words_bans_line_ends(idle: RunningServer) -> None:
+    (end,), (space,) = _tokens(idle, "\n"), _tokens(idle, " ")
+    fields = {"prompt": "one", "allowed_token_ids": [end, space], "bad_words": ["\n"], "max_tokens": 9}
+    assert set(idle.complete(**fields, return_token_ids=True)["choices"][0]["token_ids"]) == {space}

@@ -234,6 +234,7 @@ def test_a_sequence_that_joins_with_one_token_to_compute_comes_after_the_replay(
     plan = plan_of(1, first)
     result = runner.launch(plan).result()
     scheduler.update(plan, result)
+    assert result.sampled[0].token is not None
     plan = plan_of(2, [*first, result.sampled[0].token, 7])
     assert plan.decodes
     assert [chunk.start for chunk in plan.chunks] == [BLOCK_SIZE - 1, BLOCK_SIZE]  # the one fills what the other shares

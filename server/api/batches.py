@@ -15,7 +15,7 @@ from server.api.files import EXPIRY
 from server.api.limits import Limits
 from server.api.listing import list_response, read_after, read_limit
 from server.api.metadata import Metadata, read_metadata
-from server.api.parsing import read_body_fields, read_object, unknown_fields
+from server.api.reading import ignored_header, read_body_fields, read_object, unknown_fields
 from server.api.schemas import Integer, Wire, request_schema
 from server.errors import InvalidRequest, NotFound
 from server.jobs.batches import WINDOW, Batch, BatchStore, Status
@@ -145,7 +145,7 @@ def batch_routes(batches: BatchStore, files: FileStore, limits: Limits) -> APIRo
         details = read_metadata(body.metadata)
         batch = await batches.create(owner, body.endpoint, body.input_file_id, details, expiry)
         ignored = unknown_fields(fields, BatchBody)
-        return JSONResponse(batch_object(batch), headers={"x-ignored-fields": ", ".join(ignored)} if ignored else {})
+        return JSONResponse(batch_object(batch), headers=ignored_header(ignored))
 
     @router.get("/v1/batches", responses={200: {"model": BatchListAnswer}})
     async def list_batches(request: Request) -> Response:

@@ -22,7 +22,8 @@ from server.api.chat_schemas import ChatAnswer, ChatBody, chat_schema
 from server.api.chat_template import ChatTemplate, Message
 from server.api.completions import CompletionService
 from server.api.limits import Limits
-from server.api.parsing import CompletionRequest, at_most, parse_fields, read_body_fields, read_object
+from server.api.parsing import CompletionRequest, parse_fields
+from server.api.reading import at_most, read_body_fields, read_object
 from server.api.sse import STREAMED
 from server.api.unsupported import refusal
 from server.errors import ContextLengthExceeded, InvalidRequest

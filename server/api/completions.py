@@ -31,6 +31,7 @@ from server.api.models import ServedModel
 from server.api.parsing import CompletionRequest, parse_completion
 from server.api.phrases import Phrases
 from server.api.prompts import encode, fit
+from server.api.reading import ignored_header
 from server.api.rendering import ChoiceCollector, ChunkRenderer, CompletionShape, Envelope, Shape, usage_json
 from server.api.schemas import CompletionAnswer, CompletionBody, StreamOptions, completion_schema
 from server.api.sse import DONE, STREAMED, EventStream, event
@@ -79,9 +80,7 @@ class CompletionService:
         name = self.model.resolve(asked.body.model) if engine_name is None else self.model.resolve_engine(engine_name)
         answer = await self.begin(asked, shape, prefix, caller_of(request.scope), name)
         request.scope["generation"] = answer.generation  # its usage is logged
-        headers = {"openai-model": name}
-        if asked.ignored:
-            headers["x-ignored-fields"] = ", ".join(asked.ignored)
+        headers = {"openai-model": name, **ignored_header(asked.ignored)}
         if asked.body.stream:
             return EventStream(answer.events(), headers, answer.close)
         try:

@@ -20,8 +20,8 @@ from server.api.auth import caller_of
 from server.api.body import read_body
 from server.api.completions import CompletionService, cache_salt, while_there
 from server.api.limits import Limits
-from server.api.parsing import read_body_fields, read_object, unknown_fields
 from server.api.prompts import encode, read_prompts
+from server.api.reading import ignored_header, read_body_fields, read_object, unknown_fields
 from server.api.schemas import EmbeddingBody, embedding_schema
 from server.engine.request import Generation, GenerationRequest, Prompt
 from server.engine.variants import Variant
@@ -84,9 +84,7 @@ async def answer_embedding(service: CompletionService, request: Request, engine_
     finally:
         service.running.discard(call.id)
         await generation.aclose()
-    headers = {"openai-model": name}
-    if ignored:
-        headers["x-ignored-fields"] = ", ".join(ignored)
+    headers = {"openai-model": name, **ignored_header(ignored)}
     tokens = generation.usage.prompt_tokens
     data = ",".join(
         f'{{"object":"embedding","index":{index},"embedding":{vectors[index]}}}' for index in sorted(vectors)

@@ -14,6 +14,7 @@ from server.api.auth import caller_of
 from server.api.limits import Limits
 from server.api.listing import list_response, read_after, read_choice, read_limit
 from server.api.multipart import Form, body_chunks, read_form
+from server.api.reading import ignored_header, shown_name
 from server.errors import InvalidRequest, NotFound
 from server.jobs.files import FileStore, StoredFile
 
@@ -156,5 +157,4 @@ def _expiry(form: Form) -> int | None:
 
 
 def _ignored(form: Form) -> dict[str, str]:
-    names = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]) or "?" for name in form.fields if name not in KNOWN_FIELDS]
-    return {"x-ignored-fields": ", ".join(names)} if names else {}
+    return ignored_header(shown_name(name) for name in form.fields if name not in KNOWN_FIELDS)

@@ -11,12 +11,13 @@ from starlette.responses import Response
 from server.api.auth import caller_of
 from server.api.body import read_body
 from server.api.files import file_object
-from server.api.fine_tuning import ignored_header, request_body, start, stream_events, turn
+from server.api.fine_tuning import request_body, start, stream_events, turn
 from server.api.fine_tuning_parsing import LEGACY_RATE, parse_fine_tune
 from server.api.fine_tuning_schemas import FineTuneAnswer, FineTuneBody
 from server.api.limits import Limits
 from server.api.listing import read_choice
 from server.api.models import OWNER, ServedModel
+from server.api.reading import ignored_header
 from server.api.schemas import request_schema
 from server.errors import NotFound
 from server.jobs.files import FileStore, StoredFile

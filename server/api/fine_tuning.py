@@ -21,6 +21,7 @@ from server.api.fine_tuning_schemas import CheckpointAnswer, EventAnswer, FineTu
 from server.api.limits import Limits
 from server.api.listing import list_response, read_after, read_choice, read_limit
 from server.api.models import OWNER, ServedModel
+from server.api.reading import ignored_header
 from server.api.schemas import request_schema
 from server.api.sse import DONE, STREAMED, EventStream, event
 from server.errors import InvalidRequest, NotFound, ServerError
@@ -205,10 +206,6 @@ async def stream_events(jobs: JobStore, job_id: str, request: Request, show: Sho
 
 def request_body(schema: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
-    return {"x-ignored-fields": ", ".join(names)} if names else {}
 
 
 def _answers(model: Any) -> dict[int | str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from server.api.fine_tuning_schemas import AUTO, FineTuneBody, FineTuningBody
 from server.api.metadata import read_metadata
-from server.api.parsing import read_body_fields, read_object, unknown_fields
+from server.api.reading import read_body_fields, read_object, unknown_fields
 from server.errors import InvalidRequest
 from server.jobs.database import new_id
 from server.jobs.records import FineTuningJob, Status

@@ -5,52 +5,27 @@ It knows nothing of HTTP. What needs the tokenizer (does the prompt fit the cont
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
-from pydantic_core import from_json
+from typing import Any
 
 from model.dry import DryParams
 from model.sampling_params import SamplingParams
 from server.api.limits import Limits
 from server.api.prompts import DEFAULT_MAX_TOKENS, RawPrompt, read_ids, read_prompts
-from server.api.schemas import INT64_MAX, CompletionBody, StreamOptions, Wire
+from server.api.reading import at_most, bound_size, read_body_fields, read_object, unknown_fields
+from server.api.schemas import CompletionBody, StreamOptions
 from server.api.structured import read_structure
 from server.api.unsupported import KNOWN, refuse_unsupported
 from server.engine.grammars import GrammarSource
 from server.engine.request import BeamParams, EarlyStopping
 from server.errors import InvalidRequest
 
-NOT_JSON = (
-    "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
-    "correctly. The API expects a JSON payload, but what was sent was not valid JSON.)"
-)
 NO_DATA = (
     "You requested a length 0 completion, but you did not set the 'echo' parameter. That means that we will return no "
     "data to you. (HINT: set 'echo' to true in order for the API to echo back the prompt to you.)"
 )
-EXPECTED = {
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "bool_type": "a boolean",
-    "string_type": "a string",
-    "dict_type": "an object",
-    "list_type": "an array",
-    "model_type": "an object",
-}
-BOUNDS = {
-    "greater_than": ("gt", "below minimum value", ">", "below_min_value"),
-    "greater_than_equal": ("ge", "below minimum value", ">=", "below_min_value"),
-    "less_than_equal": ("le", "above maximum value", "<=", "above_max_value"),
-}
-IGNORED_SHOWN = 16
-
-Body = TypeVar("Body", bound=Wire)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,110 +79,14 @@ def _ignored(fields: Mapping[str, Any]) -> tuple[str, ...]:
     return (*unknown_fields(fields, CompletionBody, KNOWN), *(f"stream_options.{name}" for name in options))
 
 
-def read_object(raw: bytes) -> dict[str, Any]:
-    """One JSON object in UTF-8, without what is null. Of duplicate keys the last counts, as everywhere in JSON."""
-    try:
-        value = from_json(raw, allow_inf_nan=False)
-    except ValueError:
-        raise InvalidRequest(NOT_JSON) from None
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"The body of the request must be a JSON object, but it is {_kind(value)}.")
-    return {name: item for name, item in value.items() if item is not None}
-
-
-def read_body_fields(body: type[Body], fields: Mapping[str, Any]) -> Body:
-    known = {name: fields[name] for name in body.model_fields if name in fields}
-    options = known.get("stream_options")
-    if isinstance(options, dict):  # the one object inside: null is omitted there too
-        known["stream_options"] = {name: item for name, item in options.items() if item is not None}
-    try:
-        return body.model_validate(known)
-    except ValidationError as error:
-        raise _explain(error) from None
-
-
-def unknown_fields(fields: Iterable[str], body: type[Wire], known: frozenset[str] = frozenset()) -> tuple[str, ...]:
-    """A few names at most, and only characters that may stand in a header."""
-    found = []
-    for name in fields:
-        if name not in body.model_fields and name not in known:
-            found.append(re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]) or "?")  # h11 refuses a header that ends in a space
-            if len(found) == IGNORED_SHOWN:
-                break
-    return tuple(found)
-
-
-DECIMALS = {name for name, field in CompletionBody.model_fields.items() if field.annotation is float} | {"logit_bias"}
-
-
-def _explain(error: ValidationError) -> InvalidRequest:
-    """The first thing pydantic found, in OpenAI's words. Shows numbers and kinds, never text the client sent."""
-    first = error.errors(include_url=False)[0]
-    kind, value = first["type"], first["input"]
-    param = str(first["loc"][0])
-    whole = param in {"logit_bias", "early_stopping"}  # its keys are the client's own text, or it has several types
-    name = param if whole else ".".join(map(str, first["loc"]))
-    if kind == "missing":
-        return InvalidRequest(f"Missing required parameter: '{name}'.", param, "missing_required_parameter")
-    if kind == "extra_forbidden":
-        within = ".".join(map(str, first["loc"][:-1]))
-        return InvalidRequest(f"Unknown parameter in '{within}'.", param, "unknown_parameter")
-    if kind in EXPECTED and not _is_huge(value):
-        expected = f"expected {EXPECTED[kind]}, but got {_kind(value)} instead."
-        return InvalidRequest(f"Invalid type for '{name}': {expected}", param, "invalid_type")
-    if kind in BOUNDS:
-        bound, what, sign, code = BOUNDS[kind]
-        return _out_of_range(name, param, what, f"{sign} {first['ctx'][bound]:.15g}", value, code)
-    wanted = first["msg"].removeprefix("Input should ").removeprefix("String should ")
-    return InvalidRequest(f"Invalid value for '{name}': it should {wanted}.", param, "invalid_value")
-
-
-def _out_of_range(name: str, param: str, what: str, expected: str, value: Any, code: str) -> InvalidRequest:
-    kind = "decimal" if param in DECIMALS else "integer"
-    shown = "a number beyond 64 bits" if _is_huge(value) else f"{value}"
-    return InvalidRequest(
-        f"Invalid '{name}': {kind} {what}. Expected a value {expected}, but got {shown} instead.",
-        param,
-        f"{kind}_{code}",
-    )
-
-
-def _is_huge(value: Any) -> bool:
-    return type(value) is int and abs(value) > INT64_MAX + 1
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "a boolean"
-    names = {int: "an integer", float: "a decimal", str: "a string", list: "an array", dict: "an object"}
-    return names.get(type(value), "null")
-
-
 def _bound_sizes(fields: Mapping[str, Any], limits: Limits) -> None:
     """Before pydantic walks them."""
-    _bound_size("logit_bias", fields.get("logit_bias"), limits.max_logit_bias)
+    bound_size("logit_bias", fields.get("logit_bias"), limits.max_logit_bias)
     for name in ("stop_token_ids", "allowed_token_ids"):
-        _bound_size(name, fields.get(name), limits.vocab_size)
-    _bound_size("stop", fields.get("stop"), limits.max_stop_strings)
-    _bound_size("bad_words", fields.get("bad_words"), limits.max_bad_words)
-    _bound_size("dry_sequence_breakers", fields.get("dry_sequence_breakers"), limits.max_breakers)
-
-
-def _bound_size(name: str, value: Any, most: int) -> None:
-    if isinstance(value, list | dict) and len(value) > most:
-        what = "array" if isinstance(value, list) else "object"
-        raise InvalidRequest(
-            f"Invalid '{name}': {what} too long. Expected an {what} with maximum length {most}, but got an {what} "
-            f"with length {len(value)} instead.",
-            name,
-            f"{what}_above_max_length",
-        )
-
-
-def at_most(name: str, value: int | None, most: int) -> None:
-    if value is not None and value > most:
-        _, what, sign, code = BOUNDS["less_than_equal"]
-        raise _out_of_range(name, name, what, f"{sign} {most}", value, code)
+        bound_size(name, fields.get(name), limits.vocab_size)
+    bound_size("stop", fields.get("stop"), limits.max_stop_strings)
+    bound_size("bad_words", fields.get("bad_words"), limits.max_bad_words)
+    bound_size("dry_sequence_breakers", fields.get("dry_sequence_breakers"), limits.max_breakers)
 
 
 def _read_stop(value: Any, limits: Limits) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import anyio.to_thread
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.limits import Limits
+from server.api.reading import is_huge
 from server.engine.request import Prompt
 from server.errors import ContextLengthExceeded, InvalidRequest
 
@@ -53,7 +54,7 @@ def read_ids(value: Sequence[int], limits: Limits, param: str) -> list[int]:
     """Integers to token ids. Raises InvalidRequest for the first that is none."""
     for worst in (min(value, default=0), max(value, default=0)):
         if not 0 <= worst < limits.vocab_size:
-            shown = worst if -(10**12) < worst < 10**12 else "beyond 64 bits"
+            shown = "beyond 64 bits" if is_huge(worst) else worst
             raise InvalidRequest(f"Token id {shown} is out of vocabulary", param)
     return list(value)
 

@@ -12,8 +12,8 @@ from model.tokenizer import Tokenizer
 from server.api.body import read_body
 from server.api.limits import Limits
 from server.api.models import ServedModel
-from server.api.parsing import read_body_fields, read_object
 from server.api.prompts import read_ids, tokenize
+from server.api.reading import ignored_header, read_body_fields, read_object, unknown_fields
 from server.api.schemas import (
     DetokenizeAnswer,
     DetokenizeBody,
@@ -31,7 +31,8 @@ def tokenize_routes(model: ServedModel, tokenizer: Tokenizer, texts: TokenTexts,
 
     @router.post("/tokenize", openapi_extra=_body(tokenize_schema()), responses={200: {"model": TokenizeAnswer}})
     async def encode_text(request: Request) -> Response:
-        body = read_body_fields(TokenizeBody, read_object(await read_body(request.scope, request.receive, limits)))
+        fields = read_object(await read_body(request.scope, request.receive, limits))
+        body = read_body_fields(TokenizeBody, fields)
         model.resolve(body.model)
         given = [text for text in (body.prompt, body.content, body.text) if text is not None]
         if len(given) != 1:
@@ -42,15 +43,17 @@ def tokenize_routes(model: ServedModel, tokenizer: Tokenizer, texts: TokenTexts,
             "max_model_len": model.max_model_len,
             "tokens": tokens,
             "token_strs": [texts[token] for token in tokens] if body.return_token_strs else None,
-        })  # fmt: skip
+        }, headers=ignored_header(unknown_fields(fields, TokenizeBody)))  # fmt: skip
 
     @router.post(
         "/detokenize", openapi_extra=_body(detokenize_schema(limits)), responses={200: {"model": DetokenizeAnswer}}
     )
     async def decode_tokens(request: Request) -> Response:
-        body = read_body_fields(DetokenizeBody, read_object(await read_body(request.scope, request.receive, limits)))
+        fields = read_object(await read_body(request.scope, request.receive, limits))
+        body = read_body_fields(DetokenizeBody, fields)
         model.resolve(body.model)
-        return JSONResponse({"prompt": tokenizer.decode(read_ids(body.tokens, limits, "tokens"))})
+        prompt = tokenizer.decode(read_ids(body.tokens, limits, "tokens"))
+        return JSONResponse({"prompt": prompt}, headers=ignored_header(unknown_fields(fields, DetokenizeBody)))
 
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> JSONResponse:

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from sqlalchemy import URL, ColumnElement, Connection, Row, Table, create_engine, event, insert, make_url, select, text
 from sqlalchemy import Engine as Connections
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, SQLAlchemyError
 
 from server.errors import InvalidRequest, SettingsError, StorageError
 from server.jobs.tables import SCHEMA_VERSION, metadata, schema_version
@@ -67,7 +67,8 @@ class Database:
         return self._connections.dialect.name != "sqlite"
 
     async def run(self, work: Callable[[Connection], Result]) -> Result:
-        """Raises StorageError, and what the work raises; then nothing has changed."""
+        """Raises StorageError, InvalidRequest where a value is none for the database, and what the work raises; then
+        nothing has changed."""
         if self._closed:
             raise StorageError
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.run_now, work)
@@ -77,6 +78,8 @@ class Database:
         try:
             with self._connections.begin() as connection:
                 return work(connection)
+        except DataError:  # PostgreSQL's texts hold no U+0000
+            raise InvalidRequest("The request holds a text that cannot be stored.") from None
         except SQLAlchemyError as error:
             log.error("the database failed", extra={"reason": _reason(error)})
             raise StorageError from None

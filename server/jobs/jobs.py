@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, func, insert, or_, select, update
+from sqlalchemy import Column, ColumnElement, Connection, and_, delete, exists, func, insert, or_, select, update
 
 from server.errors import InvalidRequest, NotFound, RateLimited
 from server.jobs.database import Database, Page, new_id, read_page
@@ -49,7 +49,8 @@ class JobStore:
     ) -> Page[FineTuningJob]:
         """details: what a job's metadata must hold. Raises InvalidRequest."""
         where = [fine_tuning_jobs.c.owner == owner]
-        where += [fine_tuning_jobs.c.details[key].as_string() == value for key, value in (details or {}).items()]
+        shared = self._database.shared
+        where += [_holds(fine_tuning_jobs.c.details, pair, shared) for pair in (details or {}).items()]
 
         def work(connection: Connection) -> Page[FineTuningJob]:
             page = read_page(connection, fine_tuning_jobs, where, after=after, limit=limit)
@@ -225,6 +226,13 @@ class JobStore:
             return _model(row)
 
         return await self._database.run(work)
+
+
+def _holds(details: Column[Any], pair: tuple[str, str], shared: bool) -> ColumnElement[bool]:
+    """Whether an object of texts has the pair. No path leads to it: a path cannot say every name."""
+    each = func.json_each_text if shared else func.json_each
+    pairs = each(details).table_valued("key", "value")
+    return exists().where(pairs.c.key == pair[0], pairs.c.value == pair[1])
 
 
 def _find(connection: Connection, id_: str, owner: str) -> FineTuningJob:

@@ -8,18 +8,21 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from asking import LIMITS
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import create_model
 
 from model.dry import DryParams
 from model.sampling_params import SamplingParams
 from server.api.limits import Limits
 from server.api.parsing import CompletionRequest, parse_completion
-from server.api.schemas import CompletionBody, completion_schema
+from server.api.reading import read_body_fields
+from server.api.schemas import INT64_MAX, CompletionBody, Wire, completion_schema
 from server.api.unsupported import KNOWN
 from server.engine.grammars import GrammarKind
 from server.engine.request import BeamParams, EarlyStopping
@@ -165,6 +168,70 @@ def test_json_has_one_kind_of_number() -> None:
     assert (request.params.max_tokens, request.body.n, request.params.temperature) == (4, 2, 1.0)
     assert type(request.params.max_tokens) is int
     assert type(request.params.temperature) is float
+
+
+def every_body(kind: type[Wire] = Wire) -> Iterator[type[Wire]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from every_body(each)
+
+
+def integers_of(body: type[Wire]) -> Iterator[str]:
+    """Its fields that take an integer, and have no further form."""
+    for name, shape in body.model_json_schema()["properties"].items():
+        kinds = {option.get("type") for option in shape.get("anyOf", [shape])}
+        if "integer" in kinds and kinds <= {"integer", "null"}:
+            yield name
+
+
+def test_an_integer_with_a_point_is_one_in_every_body() -> None:
+    """16.0 is 16; 16.5 and true are not."""
+    tried = 0
+    for body in every_body():
+        for name in integers_of(body):
+            one = create_model(
+                "One", __base__=Wire, **{name: (body.model_fields[name].annotation, body.model_fields[name])}
+            )  # type: ignore[call-overload]
+            value = 3600 if body.__name__ == "OutputExpiry" else 16
+            read = getattr(read_body_fields(one, {name: float(value)}), name)
+            assert (read, type(read)) == (value, int), (body, name)
+            for wrong in (value + 0.5, True, str(value)):
+                with pytest.raises(InvalidRequest):
+                    read_body_fields(one, {name: wrong})
+            tried += 1
+    assert tried > 25
+
+
+@pytest.mark.parametrize("name", ["prompt", "stop_token_ids", "allowed_token_ids"])
+def test_a_token_id_is_written_as_an_integer(name: str) -> None:
+    """It is a name and no amount."""
+    assert parse(**{"prompt": "a", name: [16]})
+    for wrong in (16.0, True, 1.5):
+        assert refusal(**{"prompt": "a", name: [wrong]}).param == name
+
+
+@pytest.mark.parametrize("name", ["prompt", "stop_token_ids", "allowed_token_ids"])
+@pytest.mark.parametrize("token", [2 * 10**12, INT64_MAX])
+def test_a_wrong_token_id_is_shown_as_it_was_sent(name: str, token: int) -> None:
+    assert f" {token} " in refusal(**{"prompt": "a", name: [token]}).message
+
+
+def test_bounds_are_shown_to_the_last_digit() -> None:
+    """Those of each integer field."""
+    tried = 0
+    for body in every_body():
+        for name in integers_of(body):
+            shape = body.model_json_schema()["properties"][name]
+            option = shape.get("anyOf", [shape])[0]
+            for key, beyond in (("le", 1), ("maximum", 1), ("ge", -1), ("minimum", -1)):
+                if key not in option or abs(option[key] + beyond) > INT64_MAX + 1:
+                    continue
+                with pytest.raises(InvalidRequest) as caught:
+                    read_body_fields(body, {name: option[key] + beyond})
+                if caught.value.param == name:
+                    assert f"= {option[key]}, but got {option[key] + beyond} instead" in caught.value.message
+                    tried += 1
+    assert tried > 25
 
 
 def test_the_last_of_duplicate_keys_counts() -> None:

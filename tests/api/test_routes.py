@@ -66,6 +66,16 @@ def test_tokenize_and_back(api: Api, name: str) -> None:
     assert api.post("/detokenize", tokens=answer["tokens"]).json() == {"prompt": "hello 适<|endoftext|>"}
 
 
+@pytest.mark.parametrize(("path", "fields"), [
+    ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]}), ("/v1/completions", {"prompt": "a"}),
+    ("/v1/embeddings", {"input": "a"}),
+])  # fmt: skip
+def test_every_answer_names_the_fields_that_it_ignored(api: Api, path: str, fields: dict) -> None:
+    answer = api.post(path, **fields, odd=1, **{"a b\n": 2})
+    assert (answer.status_code, answer.headers["x-ignored-fields"]) == (200, "odd, a?b?")
+    assert "x-ignored-fields" not in api.post(path, **fields).headers
+
+
 def test_tokenize_as_the_evaluation_harness_asks(api: Api) -> None:
     answer = api.post("/tokenize", prompt="test", add_special_tokens=False).json()
     assert (answer["tokens"], answer["token_strs"]) == (list(b"test"), None)

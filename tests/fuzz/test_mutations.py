@@ -18,7 +18,8 @@ from uvicorn.server import ServerState
 from server.api.chat import parse_chat
 from server.api.embeddings import parse_embedding
 from server.api.limits import Limits
-from server.api.parsing import parse_completion, read_body_fields, read_object
+from server.api.parsing import parse_completion
+from server.api.reading import read_body_fields, read_object
 from server.api.schemas import DetokenizeBody, TokenizeBody
 from server.errors import InvalidRequest
 from server.http import Edges, http_server

@@ -341,6 +341,22 @@ def test_metadata_can_be_looked_for_and_jobs_are_bounded(tell: Any) -> None:
     tell(story, running=False)
 
 
+STRANGE = ('a"b', '"', "a'b", "a\\b", "a.b", "a]", "[0]", "$", "a b", "é天👍", "\n\t", "%", "_", "--", "{x}", "\x7f")
+
+
+def test_metadata_is_found_whatever_its_names_hold(tell: Any) -> None:
+    async def story(server: Tuned) -> None:
+        made = (await server.create(metadata={name: f"{name}!" for name in STRANGE}))["id"]
+        await server.create(metadata={"other": "a"})
+        for name in STRANGE:
+            for value, wanted in ((f"{name}!", [made]), ("else", [])):
+                found = await server.client.get("/v1/fine_tuning/jobs", params={f"metadata[{name}]": value})
+                assert found.status_code == 200, (name, found.text)
+                assert [job["id"] for job in found.json()["data"]] == wanted, name
+
+    tell(story, running=False)
+
+
 def test_auto_and_null_ask_for_nothing(tell: Any) -> None:
     async def story(server: Tuned) -> None:
         method = {

@@ -51,6 +51,10 @@ def test_what_one_server_makes_the_others_serve(url: str, base: Path, tmp_path: 
         assert [two.lives(job["id"]) for job in jobs] == [1] * 6
         found = await two.client.get("/v1/fine_tuning/jobs", params={"metadata[n]": "4"})
         assert [job["id"] for job in found.json()["data"]] == [jobs[4]["id"]]
+        quoted = await two.client.get("/v1/fine_tuning/jobs", params={'metadata[a"b]': "4"})
+        assert quoted.json()["data"] == []
+        for params in ({"metadata[a\0b]": "4"}, {"after": "a\0b"}):
+            assert (await two.client.get("/v1/fine_tuning/jobs", params=params)).status_code == 400
         name = done[0]["fine_tuned_model"]
         for server in (one, two):
 

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     config = read_config(arguments.model)
-    tokenizer = read_tokenizer(arguments.model, config.vocab_size, config.eos_token_id)
+    tokenizer = read_tokenizer(arguments.model, config.vocab_size, config.eos_token_ids)
     prompts = list(windows(arguments.text, tokenizer, BEGINNING, arguments.prompts))
     quiet = ["--log-level", "warning", "--no-enable-prefix-caching"]
     drafted = [*quiet, "--speculative-method", "model", "--speculative-model", str(arguments.draft)]

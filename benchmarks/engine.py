@@ -59,7 +59,7 @@ class Engine:
             max_num_seqs=SEATS,
             max_num_batched_tokens=way.budget,
             max_model_len=context,
-            eos_token_id=network.config.eos_token_id,
+            eos_token_ids=network.config.eos_token_ids,
             speculation=self._speculation,
         )
         self._budget: BudgetController | None = None

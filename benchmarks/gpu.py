@@ -77,6 +77,7 @@ def checkpoint(shape: str) -> Iterator[Path]:
 def start_of(directory: Path, device: str, dtype: str, streams: int, *, deterministic: bool = False) -> Start:
     return Start(
         model=str(directory),
+        eos_token_ids=[50256],
         device=device,
         dtype=dtype,
         max_model_len=1024,

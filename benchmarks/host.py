@@ -102,7 +102,7 @@ def make(network: GPT2, streams: int) -> tuple[Scheduler, Pipeline]:
         max_num_seqs=streams,
         max_num_batched_tokens=8192,
         max_model_len=CONTEXT,
-        eos_token_id=network.config.eos_token_id,
+        eos_token_ids=network.config.eos_token_ids,
     )
     return scheduler, Pipeline(scheduler, runner)
 

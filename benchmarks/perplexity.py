@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64, help="of each text (%(default)s)")
     arguments = parser.parse_args()
     config = read_config(arguments.model)
-    tokenizer = read_tokenizer(arguments.model, config.vocab_size, config.eos_token_id)
+    tokenizer = read_tokenizer(arguments.model, config.vocab_size, config.eos_token_ids)
     print(
         f"{machine()}; {time.strftime('%Y-%m-%d')}\n\n| text | tokens | loss, nats a token | perplexity |\n"
         + "| --- " * 4

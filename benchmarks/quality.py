@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     config = read_config(arguments.model)
-    tokenizer = read_tokenizer(arguments.model, config.vocab_size, config.eos_token_id)
+    tokenizer = read_tokenizer(arguments.model, config.vocab_size, config.eos_token_ids)
     scorers = {name: Scorer(load(arguments.model, name, arguments.threads)) for name in FORMATS}
     print("| text | format | tokens | perplexity | to fp32 | KL, nats | same greedy token |\n" + "| --- " * 7 + "|")
     for name, _, path in (text.partition("=") for text in arguments.text):

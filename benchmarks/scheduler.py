@@ -26,7 +26,7 @@ def new_scheduler(num_blocks: int, max_num_seqs: int = 256) -> Scheduler:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=2048,
         max_model_len=1024,
-        eos_token_id=50256,
+        eos_token_ids=(50256,),
     )
 
 

@@ -30,10 +30,12 @@ class ByteLevelTokenizer:
     kind = "GPT2Tokenizer"
     byte_level = True
 
-    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], eos_token: str, vocab_size: int) -> None:
+    def __init__(
+        self, ranks: dict[bytes, int], special: dict[str, int], eos_tokens: Sequence[str], vocab_size: int
+    ) -> None:
         """`ranks` maps each token's bytes to its id, ids in the order of their merges; `vocab_size` is the model's."""
-        if eos_token not in special:
-            raise TokenizerError(f"the vocabulary has no end-of-text token {eos_token!r}")
+        if not eos_tokens or not special.keys() >= set(eos_tokens):
+            raise TokenizerError("the vocabulary has no end-of-text token")
         largest = max(*ranks.values(), *special.values())
         if largest >= vocab_size:
             raise TokenizerError(f"the vocabulary has token {largest}, the model's {vocab_size} embeddings do not")
@@ -46,9 +48,9 @@ class ByteLevelTokenizer:
             self._bytes[id_] = text.encode()
         self.special_tokens = frozenset(special)
         self.special_ids = frozenset(special.values())
-        self.eos_token = eos_token
-        self.bos_token = self.unk_token = eos_token  # GPT-2 has one token for all of it
-        self.eos_token_id = special[eos_token]
+        self.eos_token_ids = tuple(special[token] for token in eos_tokens)
+        self.eos_token, self.eos_token_id = eos_tokens[0], self.eos_token_ids[0]
+        self.bos_token = self.unk_token = self.eos_token  # GPT-2 has one token for all of it
         self.vocab_size = vocab_size
 
     @cached_property
@@ -115,19 +117,19 @@ def name_of(raw: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def read_byte_level(directory: Path, vocab_size: int, eos_token_id: int) -> ByteLevelTokenizer:
+def read_byte_level(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> ByteLevelTokenizer:
     """From vocab.json + merges.txt, or tokenizer.json. Raises TokenizerError."""
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         vocab = read_json(directory / "vocab.json")
         merges: Iterable[tuple[str, str]] = _read_merges(directory / "merges.txt")
-        special = {token: id_ for token, id_ in vocab.items() if id_ == eos_token_id}
+        special = {token: id_ for token, id_ in vocab.items() if id_ in eos_token_ids}
     elif (directory / "tokenizer.json").is_file():
         vocab, merges, special = _read_tokenizer_json(directory / "tokenizer.json")
     else:
         raise TokenizerError("the checkpoint has neither vocab.json and merges.txt nor tokenizer.json")
     names = {id_: token for token, id_ in special.items()}
-    eos_token = names.get(eos_token_id, END_OF_TEXT)
-    return ByteLevelTokenizer(_ranks(vocab, merges, special), special, eos_token, vocab_size)
+    ends = [names[id_] for id_ in eos_token_ids if id_ in names] or [END_OF_TEXT]
+    return ByteLevelTokenizer(_ranks(vocab, merges, special), special, ends, vocab_size)
 
 
 def _ranks(vocab: dict[str, int], merges: Iterable[tuple[str, str]], special: dict[str, int]) -> dict[bytes, int]:

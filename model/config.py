@@ -6,7 +6,7 @@ The file is data: known keys are read, the rest is ignored, and nothing in it is
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class ModelConfig:
     scale_attn_weights: bool
     scale_attn_by_inverse_layer_idx: bool
     tie_word_embeddings: bool
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]  # the tokens that end a text; as a checkpoint's files name them, perhaps none
 
     @property
     def head_dim(self) -> int:
@@ -76,14 +76,15 @@ class ModelConfig:
 
 def read_config(directory: Path) -> ModelConfig:
     """Raises ConfigError: no file, no JSON, another architecture, or a shape that cannot be."""
-    raw = read_json(directory / "config.json")
-    if (directory / "vocab.txt").is_file() and not _is_token(raw.get("eos_token_id"), raw.get("vocab_size")):
-        raw["eos_token_id"] = _end_of_bert(directory / "vocab.txt")  # Chinese GPT-2s leave it out, or have GPT-2's own
-    return parse_config(raw)
-
-
-def _is_token(value: object, vocab_size: object) -> bool:
-    return isinstance(value, int) and isinstance(vocab_size, int) and 0 <= value < vocab_size
+    config = parse_config(read_json(directory / "config.json"))
+    if (directory / "generation_config.json").is_file():
+        generation = read_json(directory / "generation_config.json")
+        ends = _eos_token_ids(generation, "generation_config.json", config.vocab_size)
+        config = replace(config, eos_token_ids=ends or config.eos_token_ids)
+    if not config.eos_token_ids and (directory / "vocab.txt").is_file():
+        end = _end_of_bert(directory / "vocab.txt")  # Chinese GPT-2s name none, or GPT-2's own
+        config = replace(config, eos_token_ids=() if end is None else (end,))
+    return config
 
 
 def _end_of_bert(path: Path) -> int | None:
@@ -130,20 +131,34 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         scale_attn_weights=_flag(raw, "scale_attn_weights", True),
         scale_attn_by_inverse_layer_idx=_flag(raw, "scale_attn_by_inverse_layer_idx", False),
         tie_word_embeddings=_flag(raw, "tie_word_embeddings", True),
-        eos_token_id=_eos_token_id(raw, vocab_size),
+        eos_token_ids=_eos_token_ids({"eos_token_id": 50256, **raw}, "config.json", vocab_size),
     )
 
 
 def check_variant(variant: ModelConfig, base: ModelConfig) -> None:
-    """Raises ConfigError where a model cannot be served beside another, in one KV cache."""
-    for name in ("n_embd", "n_head", "vocab_size", "eos_token_id"):
+    """Raises ConfigError where a model cannot be served beside another: its ends, or its shape."""
+    if set(variant.eos_token_ids) != set(base.eos_token_ids):
+        raise _differs("eos_token_id", _listed(variant.eos_token_ids), _listed(base.eos_token_ids))
+    check_shape(variant, base)
+
+
+def _listed(ids: tuple[int, ...]) -> str:
+    return " and ".join(map(str, ids)) or "none"
+
+
+def check_shape(variant: ModelConfig, base: ModelConfig) -> None:
+    """Raises ConfigError where two models cannot share a KV cache."""
+    for name in ("n_embd", "n_head", "vocab_size"):
         if getattr(variant, name) != getattr(base, name):
-            raise ConfigError(
-                f"it cannot be served beside the model, whose {name} is {getattr(base, name)} "
-                f"and not {getattr(variant, name)}: serve it by itself"
-            )
+            raise _differs(name, getattr(variant, name), getattr(base, name))
     if variant.n_layer > base.n_layer or variant.n_positions < base.n_positions:
         raise ConfigError("it cannot be served beside the model: it has more layers or fewer positions")
+
+
+def _differs(name: str, its: object, the_models: object) -> ConfigError:
+    return ConfigError(
+        f"it cannot be served beside the model, whose {name} is {the_models} and not {its}: serve it by itself"
+    )
 
 
 def _positive_int(raw: dict[str, Any], key: str, default: int | None = None) -> int:
@@ -174,10 +189,10 @@ def _epsilon(value: object) -> float:
     return float(value)
 
 
-def _eos_token_id(raw: dict[str, Any], vocab_size: int) -> int:
-    value = raw.get("eos_token_id", 50256)
-    if isinstance(value, list) and value:  # transformers allows several; GPT-2 has one
-        value = value[0]
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
-        raise ConfigError("config.json: eos_token_id must be a token of the vocabulary")
-    return value
+def _eos_token_ids(raw: dict[str, Any], name: str, vocab_size: int) -> tuple[int, ...]:
+    """Those that are tokens of the vocabulary: many a config names none, or one of the model it was made from."""
+    value = raw.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
+        raise ConfigError(f"{name}: eos_token_id must be a token id, or a list of them")
+    return tuple(dict.fromkeys(id_ for id_ in ids if 0 <= id_ < vocab_size))

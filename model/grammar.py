@@ -46,20 +46,20 @@ class _Words(TokenizerWrapper):
 class Matcher:
     """Where one output is in its grammar. `allowed` has a bit for each token, least significant first, or is None."""
 
-    __slots__ = ("_end", "_matcher", "allowed", "state", "vocab_size")
+    __slots__ = ("_ends", "_matcher", "allowed", "state", "vocab_size")
 
     allowed: bytes | None
     state: GrammarState
 
-    def __init__(self, matcher: LLMatcher, end: int, vocab_size: int) -> None:
-        """end: the EOS token, allowed where the grammar is matched."""
+    def __init__(self, matcher: LLMatcher, ends: frozenset[int], vocab_size: int) -> None:
+        """ends: the EOS tokens, allowed where the grammar is matched."""
         self.vocab_size = vocab_size
         self._matcher = matcher
-        self._end = end
+        self._ends = ends
         self._look()
 
     def advance(self, tokens: Sequence[int]) -> None:
-        if self._end in tokens:
+        if not self._ends.isdisjoint(tokens):
             self.allowed, self.state = None, GrammarState.COMPLETE
         elif self._matcher.consume_tokens(list(tokens)):
             self._look()
@@ -67,7 +67,7 @@ class Matcher:
             self.allowed, self.state = None, GrammarState.LOST
 
     def copy(self) -> Matcher:
-        return Matcher(self._matcher.deep_copy(), self._end, self.vocab_size)
+        return Matcher(self._matcher.deep_copy(), self._ends, self.vocab_size)
 
     @classmethod
     def lost(cls) -> Matcher:
@@ -79,24 +79,26 @@ class Matcher:
         mask = self._matcher.compute_bitmask()
         bits = 0 if self._matcher.is_error() else int.from_bytes(mask, "little")
         self.allowed = mask
-        if bits == 1 << self._end:
-            self.state = GrammarState.COMPLETE if self._matcher.is_accepting() else GrammarState.LOST
+        if not bits:
+            self.state = GrammarState.LOST
+        elif bits & ~sum(1 << end for end in self._ends):
+            self.state = GrammarState.OPEN
         else:
-            self.state = GrammarState.OPEN if bits else GrammarState.LOST
+            self.state = GrammarState.COMPLETE if self._matcher.is_accepting() else GrammarState.LOST
 
 
 class Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Takes some 200 ms: the vocabulary as a tree of bytes."""
-        self._end = tokenizer.eos_token_id
-        self._tokenizer = LLTokenizer(_Words(tokenizer))
+        self._ends = frozenset(tokenizer.eos_token_ids)
+        self._tokenizer = LLTokenizer(_Words(tokenizer), eos_token=list(tokenizer.eos_token_ids))
 
     def compile(self, grammar: str) -> Matcher:
         """grammar: what one of LLMatcher.grammar_from_* returns. Raises GrammarError."""
         compiled = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
         if compiled.is_error():
             raise GrammarError(compiled.get_error())
-        matcher = Matcher(compiled, self._end, self._tokenizer.vocab_size)
+        matcher = Matcher(compiled, self._ends, self._tokenizer.vocab_size)
         if matcher.state is GrammarState.LOST:
             raise GrammarError("nothing matches it, or finding out takes too long")
         return matcher

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -98,10 +100,16 @@ def load_model(
     *,
     deterministic: bool = False,
     head_tokens: int | None = None,
+    eos_token_ids: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> tuple[GPT2, Ops]:
-    """head_tokens: as GPT2's. Raises ConfigError, WeightsError or DeviceError."""
+    """head_tokens: as GPT2's. eos_token_ids: in place of those that the files name.
+
+    Raises ConfigError, WeightsError or DeviceError.
+    """
     config = read_config(directory)
+    if eos_token_ids is not None:
+        config = replace(config, eos_token_ids=tuple(eos_token_ids))
     ops = choose_ops(device, dtype, kernels, quantization, deterministic=deterministic)
     try:
         with torch.inference_mode():

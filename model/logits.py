@@ -86,7 +86,7 @@ def _allow_and_bias(logits: Tensor, row: SamplingRow) -> None:
 def _ban(logits: Tensor, row: SamplingRow) -> None:
     params = row.params
     if row.output.numel() < params.min_tokens:
-        logits[[row.eos_token_id, *params.stop_token_ids]] = -torch.inf
+        logits[[*row.eos_token_ids, *params.stop_token_ids]] = -torch.inf
     if params.bad_words:
         output = row.output[-max(map(len, params.bad_words)) :].tolist()
         banned = [word[-1] for word in params.bad_words if _ends_with(output, word[:-1])]

@@ -32,22 +32,24 @@ class PieceTokenizer:
 
     def __init__(
         self, pieces: Sequence[str], encode: Encode, special: Mapping[str, int], names: Mapping[str, str],
-        vocab_size: int, eos_token_id: int,
+        vocab_size: int, eos_token_ids: Sequence[int],
     ) -> None:  # fmt: skip
         """encode: text without special tokens. names: bos_token and unk_token, by role. Raises TokenizerError."""
         if len(pieces) > vocab_size:
             raise TokenizerError(
                 f"the vocabulary has token {len(pieces) - 1}, the model's {vocab_size} embeddings do not"
             )
-        if eos_token_id >= len(pieces):
+        ends = tuple(id_ for id_ in eos_token_ids if id_ < len(pieces))
+        if not ends:
             raise TokenizerError("the vocabulary has no end-of-text token")
         self.pieces = [*pieces, *[""] * (vocab_size - len(pieces))]
         self.vocab_size = vocab_size
-        self.eos_token_id = eos_token_id
-        self.eos_token = pieces[eos_token_id]
+        self.eos_token_ids = ends
+        self.eos_token_id = ends[0]
+        self.eos_token = pieces[self.eos_token_id]
         self.bos_token = names.get("bos_token", self.eos_token)
         self.unk_token = names.get("unk_token", self.eos_token)
-        special = {**special, self.eos_token: eos_token_id}
+        special = {**special, **{pieces[id_]: id_ for id_ in ends}}
         self.special_tokens = frozenset(special)
         self.special_ids = frozenset(special.values())
         self._ids = special

@@ -76,7 +76,7 @@ class Row:
         """Lay down what may follow the known tokens."""
         self.tokens[self.length : self.length + len(tokens)] = tokens
 
-    def sampling_row(self, guesses: int, eos_token_id: int, device: torch.device) -> SamplingRow:
+    def sampling_row(self, guesses: int, eos_token_ids: tuple[int, ...], device: torch.device) -> SamplingRow:
         """What decides the token that follows the known ones and so many guesses."""
         position = self.length + guesses
         params = self.params
@@ -84,7 +84,7 @@ class Row:
             params=params,
             uniform=self.uniform(position),
             coin=self.uniform(position, word=1) if params.xtc_probability > 0 else 0.0,
-            eos_token_id=eos_token_id,
+            eos_token_ids=eos_token_ids,
             prompt=torch.from_numpy(self.tokens[: self.prompt_length]).to(device),
             output=torch.from_numpy(self.tokens[self.prompt_length : position]).to(device),
             allowed=self._allowed(device),

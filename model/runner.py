@@ -157,9 +157,9 @@ class Runner:
         wanted = [(c, p, g) for c, p, g in zip(plan.chunks, pieces, guesses, strict=True) if c.samples]
         if not wanted:
             return []
-        eos = self._model.config.eos_token_id
+        ends = self._model.config.eos_token_ids
         deciders = [
-            self.rows[chunk.id].sampling_row(ahead, eos, self._device)
+            self.rows[chunk.id].sampling_row(ahead, ends, self._device)
             for chunk, _, guessed in wanted
             for ahead in range(len(guessed) + 1)
         ]

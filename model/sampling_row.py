@@ -13,7 +13,7 @@ from model.sampling_params import SamplingParams
 class SamplingRow:
     params: SamplingParams
     uniform: float  # in [0, 1); picks the token
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]
     prompt: Tensor  # (n,) int64, on the logits' device; read for repetition_penalty and dry alone
     output: Tensor  # (m,) int64, the tokens generated so far
     coin: float  # in [0, 1), independent of `uniform`; says whether xtc acts

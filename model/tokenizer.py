@@ -34,7 +34,8 @@ class Tokenizer(Protocol):
     byte_level: bool  # any text can be written, and is the bytes of its tokens, joined
     vocab_size: int  # the model's; ids that the vocabulary lacks have no text
     eos_token: str
-    eos_token_id: int
+    eos_token_id: int  # the one that a text is ended with
+    eos_token_ids: tuple[int, ...]  # all that end a text, that one first
     bos_token: str
     unk_token: str
     special_tokens: frozenset[str]
@@ -69,28 +70,28 @@ class Tokenizer(Protocol):
         ...
 
 
-def read_tokenizer(directory: Path, vocab_size: int, eos_token_id: int) -> Tokenizer:
+def read_tokenizer(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> Tokenizer:
     """By the files that are there. Raises TokenizerError: none, one that contradicts the model, no library for it."""
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-        return read_byte_level(directory, vocab_size, eos_token_id)
+        return read_byte_level(directory, vocab_size, eos_token_ids)
     if (directory / "tokenizer.json").is_file():
-        return _from_json(directory, vocab_size, eos_token_id)
+        return _from_json(directory, vocab_size, eos_token_ids)
     if (directory / "vocab.txt").is_file():
-        return read_wordpiece(directory, vocab_size, eos_token_id)
+        return read_wordpiece(directory, vocab_size, eos_token_ids)
     for name in SPIECE_NAMES:
         if (directory / name).is_file():
-            return read_spiece(directory / name, vocab_size, eos_token_id)
+            return read_spiece(directory / name, vocab_size, eos_token_ids)
     raise TokenizerError(
         "the checkpoint has neither vocab.json and merges.txt nor tokenizer.json, vocab.txt or spiece.model"
     )
 
 
-def _from_json(directory: Path, vocab_size: int, eos_token_id: int) -> Tokenizer:
+def _from_json(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> Tokenizer:
     model = read_json(directory / "tokenizer.json").get("model")
     match model.get("type") if isinstance(model, dict) else None:
         case "WordPiece":
-            return wordpiece_from_json(directory, vocab_size, eos_token_id)
+            return wordpiece_from_json(directory, vocab_size, eos_token_ids)
         case "Unigram":
-            return unigram_from_json(directory, vocab_size, eos_token_id)
+            return unigram_from_json(directory, vocab_size, eos_token_ids)
         case _:
-            return read_byte_level(directory, vocab_size, eos_token_id)
+            return read_byte_level(directory, vocab_size, eos_token_ids)

@@ -78,7 +78,7 @@ class UnigramDecoder:
         return self._bytes.decode(b"", True)
 
 
-def read_spiece(path: Path, vocab_size: int, eos_token_id: int) -> UnigramTokenizer:
+def read_spiece(path: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> UnigramTokenizer:
     """Raises TokenizerError."""
     sentencepiece = library("sentencepiece")
     if path.stat().st_size > FILE_BYTES_MAX:
@@ -98,17 +98,17 @@ def read_spiece(path: Path, vocab_size: int, eos_token_id: int) -> UnigramTokeni
     special = {piece: id_ for piece, id_ in vocab.items() if model.is_control(id_) or model.is_unknown(id_)}
     special |= {name: vocab[name] for name in names.values()}
     encode = _encoder(model.encode, lower=options.get("do_lower_case") is True)
-    return UnigramTokenizer(pieces, encode, special, names, vocab_size, eos_token_id)
+    return UnigramTokenizer(pieces, encode, special, names, vocab_size, eos_token_ids)
 
 
 def _encoder(encode: Encode, *, lower: bool) -> Encode:
     return lambda text: list(encode(text.lower() if lower else text))
 
 
-def unigram_from_json(directory: Path, vocab_size: int, eos_token_id: int) -> UnigramTokenizer:
+def unigram_from_json(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> UnigramTokenizer:
     """From tokenizer.json. Raises TokenizerError."""
     pieces, encode, special = from_json(directory)
     options = read_options(directory)
     names = names_in(options, {piece: id_ for id_, piece in enumerate(pieces)})
     lower = options.get("do_lower_case") is True
-    return UnigramTokenizer(pieces, _encoder(encode, lower=lower), special, names, vocab_size, eos_token_id)
+    return UnigramTokenizer(pieces, _encoder(encode, lower=lower), special, names, vocab_size, eos_token_ids)

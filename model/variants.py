@@ -15,7 +15,7 @@ from pathlib import Path
 
 from model.adapter_config import is_adapter
 from model.adapters import Adapter, read_adapter
-from model.config import ModelConfig, check_variant, read_config
+from model.config import ModelConfig, check_shape, read_config
 from model.errors import WeightsError
 from model.gpt2 import GPT2
 from model.ops import Ops
@@ -77,7 +77,7 @@ class Variants:
             adapter = Adapter(read_adapter(directory, self._network.config)[1], self._ops)
             return Variant(self._network, adapter, adapter.bytes)
         config = read_config(directory)
-        check_variant(config, self._network.config)
+        check_shape(config, self._network.config)
         return Variant(GPT2(config, read_weights(directory, config), self._ops), None, _bytes(config))
 
 

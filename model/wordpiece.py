@@ -87,7 +87,7 @@ def _kind(character: str) -> str:
     return "mark" if unicodedata.category(character)[0] in "PS" else "letter"
 
 
-def read_wordpiece(directory: Path, vocab_size: int, eos_token_id: int) -> WordPieceTokenizer:
+def read_wordpiece(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> WordPieceTokenizer:
     """From vocab.txt, and what tokenizer_config.json says of it. Raises TokenizerError."""
     pieces = [line.rstrip("\r") for line in read_text(directory / "vocab.txt").removesuffix("\n").split("\n")]
     vocab = {piece: id_ for id_, piece in enumerate(pieces)}
@@ -111,12 +111,12 @@ def read_wordpiece(directory: Path, vocab_size: int, eos_token_id: int) -> WordP
         special,
         {role: name for role, name in roles.items() if name},
         vocab_size,
-        eos_token_id,
+        eos_token_ids,
     )
 
 
-def wordpiece_from_json(directory: Path, vocab_size: int, eos_token_id: int) -> WordPieceTokenizer:
+def wordpiece_from_json(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> WordPieceTokenizer:
     """From tokenizer.json. Raises TokenizerError."""
     pieces, encode, special = from_json(directory)
     names = names_in({**ROLES, **read_options(directory)}, {piece: id_ for id_, piece in enumerate(pieces)})
-    return WordPieceTokenizer(pieces, encode, special, names, vocab_size, eos_token_id)
+    return WordPieceTokenizer(pieces, encode, special, names, vocab_size, eos_token_ids)

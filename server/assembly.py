@@ -87,7 +87,7 @@ def assemble(settings: Settings) -> Backend:
     """Raises ModelError where the model cannot be served."""
     checkpoint = find_checkpoint(settings.model, settings.revision)
     config = read_config(checkpoint.directory)
-    tokenizer = read_tokenizer(checkpoint.directory, config.vocab_size, config.eos_token_id)
+    tokenizer = read_tokenizer(checkpoint.directory, config.vocab_size, config.eos_token_ids)
     tokenizer.encode("")  # what it needs for that is made now, and not while the first request waits
     max_model_len = _context(settings, config)
     served = _served_model(settings, checkpoint, max_model_len)
@@ -107,7 +107,7 @@ def assemble(settings: Settings) -> Backend:
         stall_timeout=settings.stall_timeout,
         variants=variants,
     )
-    command = checker_command(str(checkpoint.directory), config.vocab_size, config.eos_token_id)
+    command = checker_command(str(checkpoint.directory), config.vocab_size, tokenizer.eos_token_ids)
     grammars = GrammarChecker(command) if tokenizer.byte_level else None
     keys = _keyring(settings)
     chat_template = _chat_template(settings, tokenizer)
@@ -150,7 +150,7 @@ def assemble(settings: Settings) -> Backend:
         engine=engine,
         supervisors=[
             Supervisor(
-                _start(settings, checkpoint, config, max_model_len, worker),
+                _start(settings, checkpoint, config, tokenizer, max_model_len, worker),
                 engine,
                 worker,
                 stall_timeout=settings.stall_timeout,
@@ -264,11 +264,19 @@ def read_keys(settings: Settings) -> list[Key]:
     return load_keys(single, settings.api_key_file)
 
 
-def _start(settings: Settings, checkpoint: Checkpoint, config: ModelConfig, max_model_len: int, worker: int) -> Start:
+def _start(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    worker: int,
+) -> Start:
     """Of several workers, each has its share of the cores and of the KV cache, or a CUDA device of its own."""
     cores = len(os.sched_getaffinity(0))
     return Start(
         model=str(checkpoint.directory),
+        eos_token_ids=list(tokenizer.eos_token_ids),
         device=f"cuda:{worker}" if settings.device == "cuda" and settings.workers > 1 else settings.device,
         dtype=settings.dtype,
         quantization=settings.quantization,

@@ -15,7 +15,7 @@ EMBEDDED_NAME = "gpt2-server-default"
 FILES = [
     "config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json", "merges.txt", "tokenizer.json",
     "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.model",
-    "tokenizer_config.json", "special_tokens_map.json",
+    "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
 ]  # fmt: skip
 
 

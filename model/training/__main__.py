@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(args.vocab / name, args.out / name)
-    tokenizer = read_tokenizer(args.vocab, VOCABULARY, VOCABULARY - 1)
+    tokenizer = read_tokenizer(args.vocab, VOCABULARY, (VOCABULARY - 1,))
     train, valid = (tokenise(files, tokenizer, args.out / "tokens") for files in corpus_files(args.corpus))
     timed = args.minutes is not None
     progress = Progress(args.minutes * 60, cap=STEP_SECONDS_CAP) if timed else Progress(args.steps, cap=1.0)
@@ -118,7 +118,7 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
         scale_attn_weights=True,
         scale_attn_by_inverse_layer_idx=False,
         tie_word_embeddings=True,
-        eos_token_id=VOCABULARY - 1,
+        eos_token_ids=(VOCABULARY - 1,),
     )
 
 

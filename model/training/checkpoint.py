@@ -71,10 +71,12 @@ def hugging_face_config(config: ModelConfig, dtype: torch.dtype = torch.float16)
         "activation_function": config.activation.value,
         "architectures": ["GPT2LMHeadModel"],
         "attn_pdrop": 0.0,
-        "bos_token_id": config.eos_token_id,
+        "bos_token_id": next(iter(config.eos_token_ids), None),
         "dtype": str(dtype).removeprefix("torch."),
         "embd_pdrop": 0.0,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": config.eos_token_ids[0]
+        if len(config.eos_token_ids) == 1
+        else list(config.eos_token_ids) or None,
         "initializer_range": 0.02,
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "model_type": "gpt2",

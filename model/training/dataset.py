@@ -164,7 +164,7 @@ def _tokens(pieces: list[Piece], tokenizer: Tokenizer) -> Example:
             tokens, learnt = [tokenizer.eos_token_id], [False]
         tokens += ids
         learnt += [learn] * len(ids)
-    if tokens[-1] != tokenizer.eos_token_id or len(tokens) == 1:
+    if tokens[-1] not in tokenizer.eos_token_ids or len(tokens) == 1:
         tokens.append(tokenizer.eos_token_id)
         learnt.append(True)
     return Example(np.array(tokens, dtype=np.int32), np.array(learnt, dtype=np.bool_))

@@ -84,9 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     network = load_network(args.model)
     config = network.config
-    tokenizer = read_tokenizer(args.model, config.vocab_size, config.eos_token_id)
+    tokenizer = read_tokenizer(args.model, config.vocab_size, config.eos_token_ids)
     for path in args.text:
-        ids = [id_ for text in read_documents(path) for id_ in [config.eos_token_id, *tokenizer.encode(text)]]
+        ids = [id_ for text in read_documents(path) for id_ in [tokenizer.eos_token_id, *tokenizer.encode(text)]]
         tokens = np.array(ids)
         sparse = args.windows is not None
         loss = spread_loss(network, tokens, args.windows) if sparse else mean_loss(network, tokens, args.stride)

@@ -52,7 +52,7 @@ def prepare(job: Job) -> Prepared:
     device = choose_device(job.device)
     base = _base(job)
     config = read_config(base)
-    tokenizer = read_tokenizer(base, config.vocab_size, config.eos_token_id)
+    tokenizer = read_tokenizer(base, config.vocab_size, config.eos_token_ids)
     torch.manual_seed(job.hyperparameters.seed)
     network, adapter = _network(job, config)
     template = None

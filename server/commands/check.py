@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
     checkpoint = find_checkpoint(settings.model, settings.revision)
     config = read_config(checkpoint.directory)
-    tokenizer = read_tokenizer(checkpoint.directory, config.vocab_size, config.eos_token_id)
+    tokenizer = read_tokenizer(checkpoint.directory, config.vocab_size, config.eos_token_ids)
     tensors = read_weights(checkpoint.directory, config)
     stored = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     if settings.max_model_len is not None and settings.max_model_len > config.n_positions:

@@ -63,7 +63,7 @@ def _fetch(repo: str, revision: str | None, to: Path | None) -> tuple[Path, str]
         lines.append(f"{_checked(path, file)}  {file.rfilename}")
         if file.rfilename == "config.json":
             config = read_config(directory)  # what cannot be served is said before its weights are fetched
-    read_tokenizer(directory, config.vocab_size, config.eos_token_id)
+    read_tokenizer(directory, config.vocab_size, config.eos_token_ids)
     (directory / SUMS).write_text("\n".join([*lines, ""]), "utf-8")
     return directory, info.sha
 

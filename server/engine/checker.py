@@ -133,8 +133,8 @@ def _read(pipe: int, deadline: float) -> bytes:
 def main() -> None:
     logs.configure("info")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the api process says when to end, by closing the pipe
-    directory, vocab_size, eos_token_id = sys.argv[1:]
-    vocabulary = Vocabulary(read_tokenizer(Path(directory), int(vocab_size), int(eos_token_id)))
+    directory, vocab_size, *eos_token_ids = sys.argv[1:]
+    vocabulary = Vocabulary(read_tokenizer(Path(directory), int(vocab_size), tuple(map(int, eos_token_ids))))
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:

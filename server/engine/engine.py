@@ -177,8 +177,8 @@ class Engine:
         def start(prompt: Prompt, params: SamplingParams) -> Candidate:
             return Candidate(next(self._ids), prompt, params, output(prompt, 0), echo=False)
 
-        eos = () if request.params.ignore_eos else (self._tokenizer.eos_token_id,)
-        return BeamGeneration(request, start, output, frozenset((*request.params.stop_token_ids, *eos)), self._close)
+        ends = () if request.params.ignore_eos else self._tokenizer.eos_token_ids
+        return BeamGeneration(request, start, output, frozenset((*request.params.stop_token_ids, *ends)), self._close)
 
     def _candidates(self, request: GenerationRequest) -> list[Candidate]:
         candidates = []

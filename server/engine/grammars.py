@@ -125,5 +125,5 @@ class GrammarChecker:
             raise EngineError("The grammar could not be checked.") from None
 
 
-def checker_command(directory: str, vocab_size: int, eos_token_id: int) -> list[str]:
-    return [sys.executable, "-m", "server.engine.checker", directory, str(vocab_size), str(eos_token_id)]
+def checker_command(directory: str, vocab_size: int, eos_token_ids: Sequence[int]) -> list[str]:
+    return [sys.executable, "-m", "server.engine.checker", directory, str(vocab_size), *map(str, eos_token_ids)]

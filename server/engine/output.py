@@ -140,7 +140,7 @@ class ChoiceOutput:
         text += match.text
         if match.stop is not None:
             return self._delta(text, tokens, infos, FinishReason.STOP, match.stop)
-        reason = None if stop_token == self._tokenizer.eos_token_id else stop_token
+        reason = None if stop_token in self._tokenizer.eos_token_ids else stop_token
         return self._delta(text + self._stops.flush(), tokens, infos, finish, reason)
 
     def _take(self, token: int | None) -> StopMatch:

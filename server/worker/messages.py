@@ -21,6 +21,7 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     """The first message a worker gets: everything it needs to know, and nothing it does not."""
 
     model: str  # the checkpoint's directory
+    eos_token_ids: list[int]  # the tokens that end a text, the one that its own text is ended with first
     device: str
     dtype: str
     quantization: str | None

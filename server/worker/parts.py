@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from model.config import read_config
 from model.errors import DeviceError, GrammarError
 from model.gpt2 import GPT2
 from model.gpu import cuda
@@ -55,12 +54,17 @@ def load_networks(start: Start, progress: Progress | None = None) -> Networks:
     dtype = choose_dtype(start.dtype, device)
     formats = device, dtype, start.kernels
     exact = start.deterministic
-    network, ops = load_model(Path(start.model), *formats, start.quantization, deterministic=exact, progress=progress)
+    ends = start.eos_token_ids
+    network, ops = load_model(
+        Path(start.model), *formats, start.quantization, deterministic=exact, eos_token_ids=ends, progress=progress
+    )
     draft, cost = None, 0.0
     if start.draft_model:  # its mistakes are found, so it is kept in the fewest bits there are
         fewest = "int8" if isinstance(ops, KernelOps) else start.quantization
         directory = Path(start.draft_model)
-        draft, its_ops = load_model(directory, *formats, fewest, deterministic=exact, head_tokens=DRAFT_TOKENS)
+        draft, its_ops = load_model(
+            directory, *formats, fewest, deterministic=exact, eos_token_ids=ends, head_tokens=DRAFT_TOKENS
+        )
         cost = draft.parameters_read * its_ops.weight_bytes / (network.parameters_read * ops.weight_bytes)
     if isinstance(ops, KernelOps):  # they have threads of their own, with which PyTorch's would fight for the cores
         torch.set_num_threads(1)
@@ -116,7 +120,7 @@ def _make_runner(start: Start, networks: Networks, num_blocks: int, variants: Va
         draft = networks.draft
         drafter = PromptLookup() if draft is None else DraftModel(draft, make_cache(draft), networks.device)
     network, cache = networks.network, make_cache(networks.network)
-    grammars = Grammars(lambda: _vocabulary(Path(start.model)))
+    grammars = Grammars(lambda: _vocabulary(start, network.config.vocab_size))
     plain = Runner(
         network,
         cache,
@@ -151,7 +155,7 @@ def make_scheduler(
         max_num_seqs=start.max_num_seqs,
         max_num_batched_tokens=start.max_num_batched_tokens,
         max_model_len=start.max_model_len,
-        eos_token_id=networks.network.config.eos_token_id,
+        eos_token_ids=start.eos_token_ids,
         speculation=speculation,
     )
 
@@ -160,9 +164,8 @@ def make_speculation(start: Start, networks: Networks) -> SpeculationController 
     return SpeculationController(start.drafts, cost=networks.draft_cost) if start.drafts else None
 
 
-def _vocabulary(directory: Path) -> Vocabulary:
-    config = read_config(directory)
-    tokenizer = read_tokenizer(directory, config.vocab_size, config.eos_token_id)
+def _vocabulary(start: Start, vocab_size: int) -> Vocabulary:
+    tokenizer = read_tokenizer(Path(start.model), vocab_size, start.eos_token_ids)
     if not tokenizer.byte_level:
         raise GrammarError("grammars need a vocabulary in which any text can be written")
     return Vocabulary(tokenizer)

@@ -27,6 +27,7 @@ blocks borrowed for them go back. Until that is known, the sequence is left out 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from itertools import pairwise
 from operator import attrgetter
 
@@ -55,7 +56,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
-        eos_token_id: int,
+        eos_token_ids: Iterable[int],
         ageing_steps: int = 256,
         speculation: SpeculationController | None = None,
     ) -> None:
@@ -69,7 +70,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.token_budget = max_num_batched_tokens  # of one step; may be changed between steps, never below 1
         self.max_model_len = max_model_len
-        self.eos_token_id = eos_token_id
+        self.eos_token_ids = frozenset(eos_token_ids)
         self.ageing_steps = ageing_steps
         self._speculation = speculation
         self.preemptions = 0
@@ -95,7 +96,7 @@ class Scheduler:
         assert message.id not in self._sequences, "sequence ids are never used twice"
         rank = (self._steps + message.priority * self.ageing_steps, self._arrivals)
         sequence = Sequence.from_message(
-            message, rank=rank, max_model_len=self.max_model_len, eos_token_id=self.eos_token_id
+            message, rank=rank, max_model_len=self.max_model_len, eos_token_ids=self.eos_token_ids
         )
         if not message.prompt or sequence.total + sequence.samples > sequence.limit:
             raise ValueError(f"a sequence of {sequence.total} tokens has no room below its limit of {sequence.limit}")

@@ -49,7 +49,9 @@ class Sequence:
     cached_tokens: int | None = None  # prompt tokens found cached at first admission; told once, then None
 
     @classmethod
-    def from_message(cls, message: Add, *, rank: tuple[int, int], max_model_len: int, eos_token_id: int) -> Sequence:
+    def from_message(
+        cls, message: Add, *, rank: tuple[int, int], max_model_len: int, eos_token_ids: frozenset[int]
+    ) -> Sequence:
         params = message.params
         length = len(message.prompt)
         return cls(
@@ -58,7 +60,7 @@ class Sequence:
             tokens=message.prompt + message.output,
             prompt_length=length,
             limit=min(length + params.max_tokens, max_model_len),
-            stop_tokens=frozenset(params.stop_token_ids) | (set() if params.ignore_eos else {eos_token_id}),
+            stop_tokens=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids),
             rank=rank,
             salt=message.salt,
             variant=message.variant,

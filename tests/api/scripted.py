@@ -24,7 +24,7 @@ CONTEXT = 64
 
 def tokenizer() -> ByteLevelTokenizer:
     ranks = {bytes([value]): value for value in range(256)} | {word: 256 + i for i, word in enumerate(WORDS)}
-    return ByteLevelTokenizer(ranks, {"<|endoftext|>": EOS}, "<|endoftext|>", VOCAB_SIZE)
+    return ByteLevelTokenizer(ranks, {"<|endoftext|>": EOS}, ["<|endoftext|>"], VOCAB_SIZE)
 
 
 def logprobs_of(token: int, position: int, count: int) -> TokenLogprobs:

@@ -100,7 +100,7 @@ def passages(count: int) -> list[tuple[str, str]]:
 
 def test_the_requests_it_sends_are_scored_as_transformers_scores_them(default: RunningServer) -> None:
     """The harness's own arithmetic on the harness's own requests, without the harness."""
-    tokenizer = read_tokenizer(EMBEDDED, 50257, 50256)
+    tokenizer = read_tokenizer(EMBEDDED, 50257, (50256,))
     theirs = GPT2LMHeadModel.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
     pairs = [(tokenizer.encode(start), tokenizer.encode(end)) for start, end in passages(24)]
     for at in range(0, len(pairs), 8):
@@ -124,7 +124,7 @@ def test_the_requests_it_sends_are_scored_as_transformers_scores_them(default: R
 
 
 def test_texts_it_asks_for_end_at_its_stops(default: RunningServer) -> None:
-    tokenizer = read_tokenizer(EMBEDDED, 50257, 50256)
+    tokenizer = read_tokenizer(EMBEDDED, 50257, (50256,))
     stops = [*STOPS, "<|endoftext|>"]
     for start, _ in passages(6):
         ids = tokenizer.encode(start)
@@ -137,7 +137,7 @@ def test_texts_it_asks_for_end_at_its_stops(default: RunningServer) -> None:
 
 def test_whole_contexts_are_scored_from_the_start_of_a_document(default: RunningServer) -> None:
     """loglikelihood_rolling: the end-of-text token first, 1,023 ids and the one it does not look at."""
-    tokenizer = read_tokenizer(EMBEDDED, 50257, 50256)
+    tokenizer = read_tokenizer(EMBEDDED, 50257, (50256,))
     ids = [50256, *tokenizer.encode(" ".join(start for start, _ in passages(40)))[:1022]]
     answer = default.complete(prompt=[ids], temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True)
     assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == 1024

@@ -33,7 +33,7 @@ FAKE = (sys.executable, str(Path(__file__).parent / "fake_trainer.py"))
 CONFIG = ModelConfig(
     n_layer=2, n_head=2, n_embd=8, n_positions=64, vocab_size=VOCAB_SIZE, n_inner=32, activation=Activation.GELU_TANH,
     layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
-    eos_token_id=EOS,
+    eos_token_ids=(EOS,),
 )  # fmt: skip
 ENDED = {"succeeded", "failed", "cancelled"}
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def test_the_smallest_gpt2_has_its_well_known_size() -> None:
     assert config.parameters == 124_439_808
     assert config.n_inner == 3072
     assert config.activation is Activation.GELU_TANH
-    assert config.eos_token_id == 50256
+    assert config.eos_token_ids == (50256,)
     assert config.attention_scale(3) == pytest.approx(1 / 8)
     assert config.kv_bytes_per_token(4) == 2 * 12 * 768 * 4
 
@@ -43,7 +44,7 @@ def test_attention_may_be_scaled_by_layer() -> None:
         ({"vocab_size": None}, "vocab_size must be a positive integer"),
         ({"activation_function": "os.system"}, "activation_function must be one of"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be between 0 and 1"),
-        ({"eos_token_id": 50257}, "eos_token_id must be a token of the vocabulary"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be a token id, or a list of them"),
         ({"scale_attn_weights": 1}, "scale_attn_weights must be true or false"),
     ],
 )
@@ -62,3 +63,25 @@ def test_files_that_are_no_json_object(text: str, tmp_path: Path) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read config\.json: No such file"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({}, None, (50256,)),
+        ({"eos_token_id": [7, 3, 7]}, None, (7, 3)),
+        ({"eos_token_id": None}, None, ()),
+        ({"eos_token_id": -1}, None, ()),
+        ({"eos_token_id": 50257}, None, ()),
+        ({"eos_token_id": 7}, {"eos_token_id": [5, 50257]}, (5,)),
+        ({"eos_token_id": 7}, {}, (7,)),
+        ({"eos_token_id": 7}, {"eos_token_id": None}, (7,)),
+    ],
+)
+def test_ends_are_those_of_the_generation_config_else_of_the_config(
+    config: dict[str, Any], generation: dict[str, Any] | None, expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**GPT2, **config}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert read_config(tmp_path).eos_token_ids == expected

@@ -26,7 +26,7 @@ CHAT = (
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     config = read_config(EMBEDDED)
-    return read_tokenizer(EMBEDDED, config.vocab_size, config.eos_token_id)
+    return read_tokenizer(EMBEDDED, config.vocab_size, config.eos_token_ids)
 
 
 def template(source: str) -> ChatTemplate:

@@ -22,7 +22,7 @@ EOS = 256 + len(WORDS)
 
 def small() -> ByteLevelTokenizer:
     ranks = {bytes([value]): value for value in range(256)} | {word: 256 + i for i, word in enumerate(WORDS)}
-    return ByteLevelTokenizer(ranks, {"<|endoftext|>": EOS}, "<|endoftext|>", EOS + 3)  # two ids that no token has
+    return ByteLevelTokenizer(ranks, {"<|endoftext|>": EOS}, ["<|endoftext|>"], EOS + 3)  # two ids that no token has
 
 
 @cache
@@ -131,11 +131,29 @@ def test_what_cannot_be_compiled_is_an_error_here_and_lost_in_a_worker() -> None
 
 def test_the_true_vocabulary() -> None:
     directory = Path(model.__file__).parent / "default"
-    tokenizer = read_tokenizer(directory, 50257, 50256)
+    tokenizer = read_tokenizer(directory, 50257, (50256,))
     matcher = Vocabulary(tokenizer).compile("start: /[^<]*<\\|endoftext\\|>/")
     assert matcher.allowed is not None
     bits = int.from_bytes(matcher.allowed, "little")
     assert not bits >> 50256 & 1, "the end of text is not its name"
     assert bits >> tokenizer.encode(" the")[0] & 1
     matcher.advance(tokenizer.encode("x") + [tokenizer.encode(c)[0] for c in "<|endoftext|>"])
+    assert matcher.state is GrammarState.COMPLETE
+
+
+def test_every_end_is_allowed_where_a_grammar_is_matched_and_ends_it() -> None:
+    ranks = {bytes([value]): value for value in range(256)}
+    ends = {"<|endoftext|>": 256, "<|stop|>": 257}
+    both = Vocabulary(ByteLevelTokenizer(ranks, {**ends, "<|im_start|>": 258}, list(ends), 260))
+    for end in ends.values():
+        matcher = both.compile("start: /ab?/")
+        assert not {256, 257, 258} & allowed(matcher)
+        matcher.advance([ord("a")])
+        assert allowed(matcher) == {ord("b"), 256, 257}
+        assert matcher.state is GrammarState.OPEN
+        matcher.copy().advance([end])
+        matcher.advance([end])
+        assert matcher.state is GrammarState.COMPLETE
+    matcher = both.compile("start: /ab?/")
+    matcher.advance([ord("a"), ord("b")])
     assert matcher.state is GrammarState.COMPLETE

@@ -44,11 +44,11 @@ def spiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wordpiece(directory: Path) -> Tokenizer:
-    return read_tokenizer(directory, 200, 3)
+    return read_tokenizer(directory, 200, (3,))
 
 
 def unigram(directory: Path) -> Tokenizer:
-    return read_tokenizer(directory, 500, 2)
+    return read_tokenizer(directory, 500, (2,))
 
 
 @given(TEXTS)
@@ -164,7 +164,7 @@ def test_the_end_of_a_document_is_bert_s_where_the_config_has_none(tmp_path: Pat
     shape = '"n_layer": 1, "n_head": 1, "n_embd": 4, "n_positions": 8, "vocab_size": 200'
     for eos, expected in (("", 3), (', "eos_token_id": 50256', 3), (', "eos_token_id": 2', 2)):
         (tmp_path / "config.json").write_text(f"{{{shape}{eos}}}")
-        assert read_config(tmp_path).eos_token_id == expected
+        assert read_config(tmp_path).eos_token_ids == (expected,)
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
@@ -193,7 +193,7 @@ def test_without_the_library_one_line_says_what_to_install(
         with pytest.raises(
             TokenizerError, match=rf"needs the package {package}: pip install 'gpt2-server\[tokenizers\]'"
         ):
-            read_tokenizer(directory, 500, 2)
+            read_tokenizer(directory, 500, (2,))
 
 
 @pytest.mark.parametrize(("name", "content", "line"), [
@@ -205,7 +205,7 @@ def test_without_the_library_one_line_says_what_to_install(
 def test_broken_vocabularies_are_refused(name: str, content: bytes, line: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TokenizerError, match=line):
-        read_tokenizer(tmp_path, 10, 9)
+        read_tokenizer(tmp_path, 10, (9,))
 
 
 def _processor(directory: Path) -> Any:

@@ -24,6 +24,7 @@ from model.sampling_row import SamplingRow
 
 VOCAB = 1000
 EOS = 999
+OTHER_END = 21
 
 
 def row(
@@ -32,7 +33,7 @@ def row(
     return SamplingRow(
         params=SamplingParams(**{"seed": 0, **params}),
         uniform=uniform,
-        eos_token_id=EOS,
+        eos_token_ids=(EOS, OTHER_END),
         prompt=torch.tensor(prompt or [], dtype=torch.int64),
         output=torch.tensor(output or [], dtype=torch.int64),
         coin=0.0,
@@ -137,7 +138,7 @@ def test_only_allowed_tokens_are_picked() -> None:
 
 def test_min_tokens_holds_back_every_end() -> None:
     values = torch.zeros(1, VOCAB)
-    values[0, EOS], values[0, 8], values[0, 20] = 9.0, 8.0, 7.0
+    values[0, EOS], values[0, OTHER_END], values[0, 8], values[0, 20] = 9.0, 8.5, 8.0, 7.0
     early = row(temperature=0.0, min_tokens=2, stop_token_ids=(8,), output=[1])
     late = row(temperature=0.0, min_tokens=2, stop_token_ids=(8,), output=[1, 2])
     assert sample(values, [early])[0] == [20]

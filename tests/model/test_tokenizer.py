@@ -19,7 +19,7 @@ from model.errors import TokenizerError
 from model.tokenizer import read_tokenizer
 
 DEFAULT = Path(model.__file__).parent / "default"
-OURS = read_byte_level(DEFAULT, 50257, 50256)
+OURS = read_byte_level(DEFAULT, 50257, (50256,))
 
 
 def theirs() -> TheirTokenizer:
@@ -86,7 +86,7 @@ def test_every_token_has_bytes_of_its_own() -> None:
 
 def test_tokenizer_json_alone_is_enough(tmp_path: Path) -> None:
     THEIRS.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = read_tokenizer(tmp_path, 50257, 50256)
+    tokenizer = read_tokenizer(tmp_path, 50257, (50256,))
     for text in ("Hello world", "naïve 👩🏽‍🚀 <|endoftext|>", "  \n\n x"):
         assert tokenizer.encode(text) == OURS.encode(text)
 
@@ -115,12 +115,12 @@ ALPHABET = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet
 def test_broken_vocabularies_are_refused(vocab: object, merges: str, line: str, tmp_path: Path) -> None:
     write(tmp_path, vocab, merges)
     with pytest.raises(TokenizerError, match=line):
-        read_tokenizer(tmp_path, 259, 257)
+        read_tokenizer(tmp_path, 259, (257,))
 
 
 def test_no_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"neither vocab\.json and merges\.txt nor tokenizer\.json"):
-        read_tokenizer(tmp_path, 10, 9)
+        read_tokenizer(tmp_path, 10, (9,))
 
 
 def test_a_long_word_takes_no_quadratic_time() -> None:

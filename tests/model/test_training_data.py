@@ -17,7 +17,7 @@ DOCUMENTS = ["The tower is 324 metres tall.\n\nIt stands.", "Ünïcödé 塔 �
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return read_tokenizer(VOCAB, 50257, 50256)
+    return read_tokenizer(VOCAB, 50257, (50256,))
 
 
 def write_corpus(directory: Path) -> list[Path]:

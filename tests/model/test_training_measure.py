@@ -62,7 +62,7 @@ def test_last_words_and_perplexity_are_reported(
     directory, oracle = make_checkpoint(vocab_size=50257)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(VOCAB / name, directory)
-    tokenizer = read_tokenizer(directory, 50257, 50256)
+    tokenizer = read_tokenizer(directory, 50257, (50256,))
     passages = ["The dog does not mind it, and the fox jumps over the dog", "one unforgettableness"]
     loss = 0.0
     for passage in passages:
@@ -83,7 +83,7 @@ def test_last_words_and_perplexity_are_reported(
 
 def test_a_word_is_right_when_it_is_the_likeliest(make_checkpoint: Make) -> None:
     directory, _ = make_checkpoint(vocab_size=50257)
-    tokenizer = read_tokenizer(VOCAB, 50257, 50256)
+    tokenizer = read_tokenizer(VOCAB, 50257, (50256,))
     prompt, word, other = "The dog", " cat", " house"
     network = load_network(directory)
     with torch.no_grad():

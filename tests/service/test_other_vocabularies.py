@@ -41,7 +41,7 @@ def server(checkpoint: Path) -> Iterator[RunningServer]:
 @pytest.fixture(scope="module")
 def tokenizer(checkpoint: Path) -> Tokenizer:
     config = json.loads((checkpoint / "config.json").read_text())
-    return read_tokenizer(checkpoint, config["vocab_size"], config.get("eos_token_id", 3))
+    return read_tokenizer(checkpoint, config["vocab_size"], (config.get("eos_token_id", 3),))
 
 
 @st.composite

@@ -179,7 +179,7 @@ class Simulation:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             max_model_len=max_model_len,
-            eos_token_id=EOS,
+            eos_token_ids=(EOS,),
             ageing_steps=ageing_steps,
             speculation=speculation,
         )

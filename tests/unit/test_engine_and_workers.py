@@ -82,7 +82,7 @@ class Worker:
 
 def make_engine(request_timeout: float = 60, stall_timeout: float = 60, queued: int = 256) -> Engine:
     tokenizer = ByteLevelTokenizer(
-        {bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}, "<|endoftext|>", 257
+        {bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}, ["<|endoftext|>"], 257
     )
     observer = Observer(Metrics("m", "0"))
     admission = Admission(queued, 1 << 16)

@@ -84,7 +84,7 @@ def test_choices_are_taken_literally(vocabulary: Vocabulary) -> None:
 
 def test_a_checker_that_dies_is_replaced_and_a_client_that_leaves_mixes_nothing_up() -> None:
     async def run() -> None:
-        grammars = GrammarChecker(checker_command("model/default", 50257, 50256))
+        grammars = GrammarChecker(checker_command("model/default", 50257, (50256,)))
         try:
             assert grammars._process is None, "nobody has asked for a grammar yet"
             assert await grammars.compile(source(GrammarKind.REGEX, "a")) == "start: /a/"

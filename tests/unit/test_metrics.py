@@ -28,7 +28,7 @@ from server.worker.messages import FinishReason, Ready, Refused, SequenceOutput,
 
 VARIANTS = Variants(read_config(EMBEDDED))
 TOKENIZER = ByteLevelTokenizer(
-    {bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}, "<|endoftext|>", 257
+    {bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}, ["<|endoftext|>"], 257
 )
 WORKERS = 2
 QUEUED = 3

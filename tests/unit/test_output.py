@@ -19,7 +19,8 @@ EOS = 256
 SPLITS = [b"", b"a", b"ab", "日本".encode()[:4], "👍🏽".encode()[1:6], "é".encode(), b"\xff\xfe", b"stop", b"op"]
 TOKENS = {bytes([value]): value for value in range(256)}
 TOKENS |= {raw: 257 + i for i, raw in enumerate(SPLITS) if len(raw) > 1}
-TOKENIZER = ByteLevelTokenizer(TOKENS, {"<|endoftext|>": EOS}, "<|endoftext|>", 300)
+ENDS = {"<|endoftext|>": EOS, "<|stop|>": 299}
+TOKENIZER = ByteLevelTokenizer(TOKENS, ENDS, list(ENDS), 300)
 IDS = [*range(256), *[id_ for id_ in TOKENS.values() if id_ > 256]]
 
 
@@ -179,6 +180,13 @@ def test_a_stop_token_is_not_shown_and_is_the_reason() -> None:
         0, "a", [97, 98], None, FinishReason.STOP, 98
     )
     assert choice(keep=True).push([97, 98], None, FinishReason.STOP, 98).text == "ab"
+
+
+@pytest.mark.parametrize("end", ENDS.values())
+def test_an_end_of_the_model_s_own_is_no_reason(end: int) -> None:
+    assert choice().push([97, end], None, FinishReason.STOP, end) == ChoiceDelta(
+        0, "a", [97, end], None, FinishReason.STOP, None
+    )
 
 
 def test_eos_that_was_ignored_leaves_no_text_and_goes_on() -> None:

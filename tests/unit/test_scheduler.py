@@ -39,7 +39,11 @@ def counts(plan: StepPlan | None) -> dict[int, int]:
 def generate(sampled: list[int], sampling: SamplingParams, prompt_length: int = 2, max_model_len: int = 16) -> Any:
     """Feed these tokens to a lone sequence until it ends; returns all its outputs."""
     scheduler = Scheduler(
-        BlockPool(8, 4), max_num_seqs=1, max_num_batched_tokens=8, max_model_len=max_model_len, eos_token_id=EOS
+        BlockPool(8, 4),
+        max_num_seqs=1,
+        max_num_batched_tokens=8,
+        max_model_len=max_model_len,
+        eos_token_ids=(EOS, OTHER_END),
     )
     scheduler.add(Add(id=1, prompt=prompt(prompt_length), params=sampling))
     outputs: list[SequenceOutput] = []
@@ -54,14 +58,16 @@ def generate(sampled: list[int], sampling: SamplingParams, prompt_length: int = 
 
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
+OTHER_END = EOS + 1
 
 
-def test_eos_ends_it() -> None:
-    assert generate([5, EOS], params(9, ignore_eos=False)) == ([5, EOS], STOP, EOS)
+def test_every_eos_ends_it() -> None:
+    for end in (EOS, OTHER_END):
+        assert generate([5, end], params(9, ignore_eos=False)) == ([5, end], STOP, end)
 
 
-def test_eos_is_a_token_like_any_other_where_ignored() -> None:
-    assert generate([5, EOS, 6], params(3)) == ([5, EOS, 6], LENGTH, None)
+def test_every_eos_is_a_token_like_any_other_where_ignored() -> None:
+    assert generate([EOS, OTHER_END, 6], params(3)) == ([EOS, OTHER_END, 6], LENGTH, None)
 
 
 def test_a_stop_token_ends_it() -> None:

@@ -71,7 +71,7 @@ class Stepper:
             max_num_seqs=shape.max_num_seqs,
             max_num_batched_tokens=shape.budget,
             max_model_len=max_model_len,
-            eos_token_id=network.config.eos_token_id,
+            eos_token_ids=network.config.eos_token_ids,
             speculation=None if drafter is None else Eager(shape.drafts, cost=0.0),
         )
         self._runner = Runner(network, cache(network), CPU, max_model_len, drafter=drafter)

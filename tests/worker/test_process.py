@@ -27,6 +27,7 @@ def worker(tiny: Path) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]
     ours.settimeout(120)
     start = Start(
         model=str(tiny),
+        eos_token_ids=[50256],
         device="cpu",
         dtype="float32",
         quantization=None,

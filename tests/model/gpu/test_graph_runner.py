@@ -76,7 +76,7 @@ class Drive:
             max_num_seqs=SEATS,
             max_num_batched_tokens=BUDGET,
             max_model_len=CONTEXT,
-            eos_token_id=network.config.eos_token_id,
+            eos_token_ids=network.config.eos_token_ids,
         )
         self.pipeline = Pipeline(self.scheduler, runner)
         self.said: dict[int, list[SequenceOutput]] = {}

@@ -50,7 +50,13 @@ def draws() -> st.SearchStrategy[Draw]:
 def row_of(draw: Draw) -> SamplingRow:
     nothing = torch.zeros(0, dtype=torch.int64)
     return SamplingRow(
-        params=draw.params, uniform=draw.uniform, eos_token_id=0, prompt=nothing, output=nothing, coin=0.0, allowed=None
+        params=draw.params,
+        uniform=draw.uniform,
+        eos_token_ids=(0,),
+        prompt=nothing,
+        output=nothing,
+        coin=0.0,
+        allowed=None,
     )
 
 

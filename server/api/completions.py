@@ -122,7 +122,7 @@ class CompletionService:
     async def _params(self, asked: CompletionRequest) -> SamplingParams:
         """With what needs the vocabulary. Raises InvalidRequest or Overloaded."""
         params = await self.phrases.resolve(asked.params, asked.body)
-        check_any_left(params, [self.tokenizer.eos_token_id], self.limits.vocab_size)
+        check_any_left(params, self.tokenizer.eos_token_ids, self.limits.vocab_size)
         if asked.structure is None:
             return params
         if self.grammars is None:

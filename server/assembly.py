@@ -221,7 +221,7 @@ def _variants(modules: list[str], served: ServedModel, config: ModelConfig) -> V
         if name in served.names:
             raise SettingsError(f"lora_modules: {name!r} is a name of the model itself")
         try:
-            variants.add(name, directory)
+            variants.add(name, directory, required=True)
         except ModelError as error:
             raise ModelError(f"{name}: {error}") from None
     return variants

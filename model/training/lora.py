@@ -11,7 +11,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from model.adapter_config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, adapter_config_json
-from model.adapters import LowRank, Site, adapter_tensors, json_bytes, read_adapter
+from model.adapter_file import read_lora
+from model.adapters import LowRank, Site, adapter_tensors, json_bytes
 from model.training.checkpoint import write_atomically
 from model.training.network import Conv1D, Network
 
@@ -42,7 +43,8 @@ def add_lora(network: Network, config: AdapterConfig, generator: torch.Generator
     for layer in range(network.config.n_layer):
         for site in config.targets:
             parent, name = _parent(network, (layer, site))
-            wrapped = LoraConv1D(getattr(parent, name), config.rank, config.scaling(config.rank))
+            scaling = config.scaling(config.rank, f"transformer.h.{layer}.{site}")
+            wrapped = LoraConv1D(getattr(parent, name), config.rank, scaling)
             bound = 1 / math.sqrt(wrapped.lora_a.shape[1])  # kaiming_uniform with a = sqrt(5)
             with torch.no_grad():
                 wrapped.lora_a.uniform_(-bound, bound, generator=generator)
@@ -51,7 +53,7 @@ def add_lora(network: Network, config: AdapterConfig, generator: torch.Generator
 
 def load_lora(network: Network, directory: Path) -> AdapterConfig:
     """An adapter from its files, to be learnt further or merged. Raises AdapterError."""
-    config, matrices = read_adapter(directory, network.config)
+    config, matrices = read_lora(directory, network.config)
     network.requires_grad_(False)
     for place, pair in matrices.items():
         parent, name = _parent(network, place)
@@ -95,9 +97,18 @@ def matrices_of(network: Network) -> dict[Site, LowRank]:
 
 def export_lora(network: Network, config: AdapterConfig, directory: Path) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, as peft's `save_pretrained` would."""
+    matrices = matrices_of(network)
+    ranks, alphas = {}, {}
+    for (layer, site), pair in matrices.items():
+        rank, module = pair.a.shape[0], f"h.{layer}.{site}"
+        alpha = pair.scaling * (math.sqrt(rank) if config.rank_stabilised else rank)
+        if rank != config.rank:
+            ranks[module] = rank
+        if not math.isclose(alpha, config.alpha):
+            alphas[module] = alpha
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / WEIGHTS_FILE, save(adapter_tensors(matrices_of(network)), metadata={"format": "pt"}))
-    write_atomically(directory / CONFIG_FILE, json_bytes(adapter_config_json(config)))
+    write_atomically(directory / WEIGHTS_FILE, save(adapter_tensors(matrices), metadata={"format": "pt"}))
+    write_atomically(directory / CONFIG_FILE, json_bytes(adapter_config_json(config, ranks, alphas)))
 
 
 def _parent(network: Network, place: Site) -> tuple[nn.Module, str]:

@@ -83,7 +83,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        return bool(self._channels) and not self._draining and not self.asleep
+        return bool(self._channels) and self.variants.complete and not self._draining and not self.asleep
 
     @property
     def healthy(self) -> bool:
@@ -281,10 +281,10 @@ class Engine:
             reason = "can no longer read this model" if refused.unloadable else "has no room for this request"
             self._fail(generation, EngineError(f"The engine {reason}."))
 
-    def worker_loaded(self, worker: int, loaded: Loaded) -> None:
+    def worker_loaded(self, worker: int, loaded: Loaded) -> str | None:
         if loaded.error is not None:
             log.error("a model cannot be loaded", extra={"key": loaded.key, "reason": loaded.error})
-        self.variants.tell(loaded)
+        return self.variants.tell(loaded)
 
     def worker_slept(self, worker: int, slept: Slept) -> None:
         if slept.asleep:

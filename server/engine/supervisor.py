@@ -19,6 +19,7 @@ from server.worker.messages import Failed, Loaded, Ready, Refused, Shutdown, Sle
 log = logging.getLogger(__name__)
 
 EXIT_ENGINE_DIED = 70
+EXIT_CONFIG = 78
 CRASHES_MAX = 5  # lives in a row in which no token came about: starting another helps nobody
 BACKOFF_MAX = 1.0  # seconds
 START_TIMEOUT = 600.0  # to load the model
@@ -33,7 +34,7 @@ class Listener(Protocol):
     def worker_ready(self, worker: int, ready: Ready, channel: EngineChannel) -> None: ...
     def worker_step(self, worker: int, step: Step) -> None: ...
     def worker_refused(self, worker: int, refused: Refused) -> None: ...
-    def worker_loaded(self, worker: int, loaded: Loaded) -> None: ...
+    def worker_loaded(self, worker: int, loaded: Loaded) -> str | None: ...  # why there can be no service
     def worker_slept(self, worker: int, slept: Slept) -> None: ...
     def worker_lost(self, worker: int) -> None: ...
 
@@ -117,7 +118,9 @@ class Supervisor:
                 case Refused():
                     self._listener.worker_refused(self._worker, message)
                 case Loaded():
-                    self._listener.worker_loaded(self._worker, message)
+                    reason = self._listener.worker_loaded(self._worker, message)
+                    if reason is not None:
+                        return Failed(reason, EXIT_CONFIG)
                 case Slept():
                     self._listener.worker_slept(self._worker, message)
                 case Failed():

@@ -45,9 +45,15 @@ class Variants:
         self._numbers = itertools.count(1)
         self._by_name: dict[str, Variant] = {}
         self._loading: dict[str, asyncio.Queue[Loaded]] = {}  # by key
+        self._required: dict[str, str] = {}  # names by key: without them there is no service; until they are loaded
 
-    def add(self, name: str, directory: Path, created: int | None = None, *, lazy: bool = False) -> Variant:
-        """Raises ModelError where its description does not fit; its weights the workers will check."""
+    def add(
+        self, name: str, directory: Path, created: int | None = None, *, lazy: bool = False, required: bool = False
+    ) -> Variant:
+        """Raises ModelError where its description does not fit; its weights the workers will check.
+
+        required: a worker that cannot load it, before any could, ends the service.
+        """
         if name in self._by_name:
             raise ModelError(f"a model named {name} is served already")
         if is_adapter(directory):
@@ -55,6 +61,8 @@ class Variants:
         else:
             check_variant(read_config(directory), self._base)
         key = f"{name}#{next(self._numbers)}"
+        if required:
+            self._required[key] = name
         made = int(time.time()) if created is None else created
         self._by_name[name] = Variant(name, key, directory, made, _fingerprint(directory), lazy)
         return self._by_name[name]
@@ -85,9 +93,17 @@ class Variants:
         finally:
             del self._loading[variant.key]
 
-    def tell(self, loaded: Loaded) -> None:
+    def tell(self, loaded: Loaded) -> str | None:
+        """Returns why there can be no service, where there cannot."""
         if loaded.key in self._loading:
             self._loading[loaded.key].put_nowait(loaded)
+        name = self._required.pop(loaded.key, None)
+        return None if name is None or loaded.error is None else f"{name}: {loaded.error}"
+
+    @property
+    def complete(self) -> bool:
+        """Whether a worker has loaded each of those that are required."""
+        return not self._required
 
 
 def _fingerprint(directory: Path) -> str:

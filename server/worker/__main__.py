@@ -132,11 +132,15 @@ class Worker:
         self._variants.register(message.key, self._known[message.key])
         try:
             if not message.lazy:
-                self._variants.use(message.key, self._scheduler.variants)
+                self._variants.use(message.key, self._scheduler.variants, self._still_reading)
         except ModelError as error:
             self._channel.send(Loaded(message.key, str(error)))
         else:
             self._channel.send(Loaded(message.key))
+
+    def _still_reading(self, _share: float) -> None:
+        """A model beside this one takes long to read: the supervisor must not take that for being stuck."""
+        self._channel.send(Starting(1.0))
 
     def _unload(self, key: str) -> None:
         """At once, or with the next one once nothing runs of it."""
@@ -151,7 +155,7 @@ class Worker:
         if message.variant is not None:
             assert self._variants is not None, "work for a worker that sleeps"
             try:
-                self._variants.use(message.variant, self._scheduler.variants)
+                self._variants.use(message.variant, self._scheduler.variants, self._still_reading)
             except ModelError:
                 self._channel.send(Refused(message.id, unloadable=True))
                 return

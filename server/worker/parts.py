@@ -87,7 +87,7 @@ def count_blocks(start: Start, networks: Networks) -> int:
 
 
 def make_variants(start: Start, networks: Networks) -> Variants:
-    return Variants(networks.network, networks.ops, start.variant_bytes)
+    return Variants(networks.network, networks.ops, start.variant_bytes, Path(start.model))
 
 
 def make_runner(

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from model.adapters import read_adapter
+from model.adapter_file import read_lora
 from model.config import read_config
 from model.errors import AdapterError, ConfigError, ModelError
 from model.gpt2 import GPT2
@@ -73,7 +73,7 @@ class Served:
     def __init__(self, directory: Path, ops: Ops, variants: list[Path]) -> None:
         config = read_config(directory)
         self.network = GPT2(config, read_weights(directory, config), ops)
-        self.variants = Variants(self.network, ops, 1 << 30)
+        self.variants = Variants(self.network, ops, 1 << 30, directory)
         self.cache = KVCache(config, 256, BLOCK_SIZE, ops.kv_dtypes[0], CPU)
         for i, each in enumerate(variants):
             self.variants.register(f"v{i}", each)
@@ -169,12 +169,12 @@ def test_the_least_recently_used_goes_first(base: tuple[Path, GPT2LMHeadModel], 
     ops = choose_ops(CPU, torch.float32, "off")
     config = read_config(base[0])
     network = GPT2(config, read_weights(base[0], config), ops)
-    roomy = Variants(network, ops, 1 << 30)
+    roomy = Variants(network, ops, 1 << 30, base[0])
     for i in range(3):
         roomy.register(f"v{i}", adapters[i])
     sizes = [roomy.use(f"v{i}", frozenset()).bytes for i in range(3)]
     assert roomy.bytes == sum(sizes)
-    tight = Variants(network, ops, max(sizes[0] + sizes[1], sizes[1] + sizes[2]))
+    tight = Variants(network, ops, max(sizes[0] + sizes[1], sizes[1] + sizes[2]), base[0])
     for i in range(3):
         tight.register(f"v{i}", adapters[i])
     first, second = tight.use("v0", frozenset()), tight.use("v1", frozenset())
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     ops = choose_ops(CPU, torch.float32, "off")
     config = read_config(base[0])
-    variants = Variants(GPT2(config, read_weights(base[0], config), ops), ops, 1 << 30)
+    variants = Variants(GPT2(config, read_weights(base[0], config), ops), ops, 1 << 30, base[0])
     wide = make_checkpoint(n_embd=32)[0]
     model = get_peft_model(
         GPT2LMHeadModel.from_pretrained(wide), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
@@ -210,10 +210,11 @@ def test_what_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "LOHA"}, "no LoRA adapter"),
-        ({"use_dora": True}, "DoRA"),
-        ({"bias": "all"}, "trained biases"),
-        ({"modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"peft_type": "LOHA"}, "a LOHA one"),
+        ({"use_dora": True, "lora_bias": True}, "DoRA with biases"),
+        ({"bias": "some"}, "bias must be one of"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be"),
+        ({"brand_new": True}, "unknown here .brand_new."),
         ({"r": 0}, "r must be"),
         ({"lora_alpha": "much"}, "lora_alpha must be"),
     ],
@@ -224,24 +225,24 @@ def test_an_adapter_that_is_not_plain_lora_is_refused(
     raw = json.loads((adapters[0] / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**raw, **change}))
     with pytest.raises(AdapterError, match=message):
-        read_adapter(tmp_path, read_config(base[0]))
+        read_lora(tmp_path, read_config(base[0]))
 
 
 def test_damaged_tensors_are_refused(base: tuple[Path, GPT2LMHeadModel], adapters: list[Path], tmp_path: Path) -> None:
     config = read_config(base[0])
     shutil.copy(adapters[0] / "adapter_config.json", tmp_path)
     with pytest.raises(AdapterError, match=r"cannot read adapter_model\.safetensors"):
-        read_adapter(tmp_path, config)
+        read_lora(tmp_path, config)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(AdapterError, match="is damaged"):
-        read_adapter(tmp_path, config)
+        read_lora(tmp_path, config)
     tensors = load_file(adapters[0] / "adapter_model.safetensors")
     name = next(iter(tensors))
     for changed, message in (
         ({**tensors, name: torch.full_like(tensors[name], torch.nan)}, "NaN"),
-        ({**tensors, "base_model.model.lm_head.lora_A.weight": tensors[name].clone()}, "no LoRA matrix"),
+        ({**tensors, "base_model.model.pooler.lora_A.weight": tensors[name].clone()}, "of no module"),
         ({key: tensor for key, tensor in tensors.items() if key != name}, "one matrix"),
     ):
         save_file(changed, tmp_path / "adapter_model.safetensors")
         with pytest.raises(AdapterError, match=message):
-            read_adapter(tmp_path, config)
+            read_lora(tmp_path, config)

@@ -155,6 +155,15 @@ def test_files_that_have_gone_fail_one_request(modules: list[str], tmp_path: Pat
         assert text(server.complete(**body("two")))
 
 
+def test_an_adapter_that_does_not_fit_stops_the_start(modules: list[str], tiny: Path) -> None:
+    """It is read at the start, and no request is answered before."""
+    process = start(tiny, "--lora-modules", modules[0])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 78
+    assert "one: the adapter has base_model.model.transformer.h." in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [

@@ -241,6 +241,7 @@ def _limits(settings: Settings, max_model_len: int, vocab_size: int) -> Limits:
     return Limits(
         max_model_len=max_model_len,
         vocab_size=vocab_size,
+        clamp_max_tokens=settings.clamp_max_tokens,
         max_choices=settings.max_choices,
         max_best_of=settings.max_best_of,
         max_prompts=settings.max_sequences,

@@ -37,10 +37,11 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt and completion do not fit the model. Clients look for how the sentence starts, and for the code."""
 
     def __init__(self, max_model_len: int, prompt_tokens: int, max_tokens: int) -> None:
+        hint = " (HINT: an operator can have 'max_tokens' cut to what is left, by --clamp-max-tokens.)"
         super().__init__(
             f"This model's maximum context length is {max_model_len} tokens, however you requested "
             f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in your prompt; {max_tokens} for the completion). "
-            "Please reduce your prompt; or completion length.",
+            f"Please reduce your prompt; or completion length.{hint if prompt_tokens < max_model_len else ''}",
             "prompt",
             "context_length_exceeded",
         )

@@ -164,6 +164,11 @@ class Settings(BaseSettings):
     )
     max_num_queued_reqs: int = _flag("limits", "requests that may wait for their first token", 256, ge=1)
     max_num_queued_tokens: int = _flag("limits", "prompt tokens that may wait", 65536, ge=1)
+    clamp_max_tokens: bool = _flag(
+        "limits",
+        "cut a max_tokens that does not fit to what the prompt leaves of the context, instead of an error",
+        False,
+    )
     max_logprobs: int = _flag("limits", "largest logprobs a request may ask for", 20, ge=0, le=1000)
     max_choices: int = _rare("largest n", 128, ge=1, le=128)
     max_best_of: int = _rare("largest best_of", 20, ge=1, le=128)

@@ -147,6 +147,7 @@ class CompletionService:
             id=prefix + "".join(secrets.choice(ID_ALPHABET) for _ in range(28)),
             prompts=prompts,
             params=params,
+            seeds=() if body.seed is not None else tuple(secrets.randbits(63) for _ in prompts),
             n=body.n,
             best_of=asked.best_of,
             beam=asked.beam,
@@ -215,9 +216,11 @@ class Answer:
         with_usage = self._stream_options.include_usage
         continuous = with_usage and self._stream_options.continuous_usage_stats
         usage = "null" if with_usage else ""
+        told = 0  # tokens of the deltas so far: the generation may be steps ahead of its reader
         async for delta in self.generation:
+            told += len(delta.token_ids)
             if continuous:
-                usage = usage_json(self.generation.usage)
+                usage = usage_json(replace(self.generation.usage, completion_tokens=told))
             for choice in renderer.chunks(delta):
                 yield self._envelope.wrap(choice, usage)
         if with_usage:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 class Limits:
     max_model_len: int  # tokens of prompt and completion together
     vocab_size: int
+    clamp_max_tokens: bool = False  # to what the prompt leaves of the context, instead of an error
     max_choices: int = 128  # n
     max_best_of: int = 20
     max_prompts: int = 128

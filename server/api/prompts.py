@@ -96,7 +96,8 @@ async def encode(raw: Sequence[RawPrompt], tokenizer: Tokenizer, keep_last: int 
 def fit(
     prompts: Sequence[Prompt], params: SamplingParams, limits: Limits, *, explicit: bool, alike: bool = False
 ) -> SamplingParams:
-    """Prompt and completion must fit the context: an explicit max_tokens as it stands, a default with what is left.
+    """Prompt and completion must fit the context: an explicit max_tokens as it stands unless the operator has it
+    clamped, a default with what is left.
 
     With several prompts the default is cut for the shortest, and the engine ends each sequence at the end of its
     context; where all are to be of one length (`alike`: beams), it is cut for the longest.
@@ -105,7 +106,8 @@ def fit(
     lengths = [len(prompt.token_ids) for prompt in prompts]
     longest = max(lengths)
     wanted = params.max_tokens
-    if longest + (wanted if explicit else 1) > limits.max_model_len:
+    least = wanted if explicit and not limits.clamp_max_tokens else min(wanted, 1)
+    if longest + least > limits.max_model_len:
         raise ContextLengthExceeded(limits.max_model_len, longest, wanted)
     most = min(wanted, limits.max_model_len - (longest if alike else min(lengths)))
     return replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))

@@ -131,8 +131,10 @@ class CompletionShape:
         return shown
 
     def end(self, delta: ChoiceDelta) -> dict[str, Any]:
+        """As every chunk it has what was asked for, which is no tokens: some clients look without asking."""
+        nothing = replace(delta, text="", token_ids=[], tokens=[])
         reasons = {"finish_reason": _reason(delta), "stop_reason": delta.stop_reason}
-        return {"text": "", "index": delta.index, "logprobs": None, **reasons}
+        return {**self._common(nothing), **reasons, **({"token_ids": []} if self.return_token_ids else {})}
 
     def _common(self, delta: ChoiceDelta) -> dict[str, Any]:
         logprobs = None if self.logprobs is None else logprobs_object(delta.tokens or (), self.logprobs)

@@ -89,7 +89,12 @@ class CompletionBody(Wire):
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default={}, description="token id to bias")
-    seed: Integer | None = Field(default=None, ge=-INT64_MAX - 1, le=INT64_MAX, description="same seed, same answer")
+    seed: Integer | None = Field(
+        default=None,
+        ge=-INT64_MAX - 1,
+        le=INT64_MAX,
+        description="same seed, same answer, of equal prompts too; without one each prompt draws its own",
+    )
     user: str = ""
     # vLLM's extensions
     top_k: Integer = Field(default=-1, ge=-1, le=INT64_MAX, description="0 or -1: all tokens")

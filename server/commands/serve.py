@@ -11,7 +11,7 @@ from server import logs
 from server.api.models import ServedModel
 from server.errors import SettingsError
 from server.lifecycle import build
-from server.settings import flags, read_settings
+from server.settings import ENV_PREFIX, flags, read_settings
 from server.worker.messages import Ready, Starting
 
 EXAMPLE = '"prompt": "It was a dark and stormy night, and", "max_tokens": 40, "temperature": 0.7, "seed": 51'
@@ -29,14 +29,19 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
     host, port = service.listener.getsockname()[:2]
-    return asyncio.run(service.run(Terminal(f"http://{host}:{port}", service.backend.served)))
+    key = None
+    if service.backend.keys is not None:
+        key = f"${ENV_PREFIX}API_KEY" if settings.api_key is not None else "YOUR_KEY"
+    return asyncio.run(service.run(Terminal(f"http://{host}:{port}", service.backend.served, key)))
 
 
 class Terminal:
     """What the operator sees of a start: a bar while it lasts, then a banner and a curl to try."""
 
-    def __init__(self, url: str, served: ServedModel) -> None:
+    def __init__(self, url: str, served: ServedModel, key: str | None = None) -> None:
+        """key: how the shell that tries the curl names it; None where nobody needs one."""
         self._url = url
+        self._authorization = "" if key is None else f' -H "Authorization: Bearer {key}"'
         self._served = served
         self._shown: str | None = None if sys.stderr.isatty() else ""  # "" shows no bar
 
@@ -62,7 +67,7 @@ class Terminal:
             f"ready in {ready.load_seconds:.1f} s",
             f"Serving on {self._url}, until Ctrl-C. Try:",
             "",
-            f"  curl {self._url}/v1/completions -d {shlex.quote(body)}",
+            f"  curl {self._url}/v1/completions{self._authorization} -d {shlex.quote(body)}",
             "",
             sep="\n",
             flush=True,

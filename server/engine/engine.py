@@ -185,7 +185,7 @@ class Engine:
         for place, prompt in enumerate(request.prompts):
             for k in range(request.best_of):
                 output = ChoiceOutput(request, prompt, place * request.n + k, self._tokenizer, self._texts)
-                params = request.params_of(k)
+                params = request.params_of(place, k)
                 candidates.append(Candidate(next(self._ids), prompt, params, output, echo=request.echo))
         return candidates
 

@@ -38,7 +38,8 @@ class GenerationRequest:
 
     id: str  # "cmpl-…"
     prompts: list[Prompt]
-    params: SamplingParams  # of choice 0; choice k differs by `choice` alone
+    params: SamplingParams  # of choice 0 of the first prompt; choice k differs by `choice` alone
+    seeds: tuple[int, ...] = ()  # of each prompt; none where all have that of `params`
     n: int = 1
     best_of: int = 1  # >= n; the n of best mean log-probability are returned. With beams: how many are kept
     beam: BeamParams | None = None  # search instead of sampling
@@ -67,9 +68,10 @@ class GenerationRequest:
         """What it may use, prompts and completions together."""
         return self.prompt_tokens + len(self.prompts) * self.best_of * self.params.max_tokens
 
-    def params_of(self, k: int) -> SamplingParams:
-        """Of candidate k: its own random numbers, and the scores that best_of ranks by."""
-        params = replace(self.params, choice=k)
+    def params_of(self, prompt: int, k: int) -> SamplingParams:
+        """Of candidate k of a prompt, by its place: its own random numbers, and the scores that best_of ranks by."""
+        seed = self.seeds[prompt] if self.seeds else self.params.seed
+        params = replace(self.params, seed=seed, choice=k)
         if self.best_of > self.n and params.logprobs is None:
             params = replace(params, logprobs=0)
         return params

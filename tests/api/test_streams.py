@@ -11,11 +11,11 @@ import pytest
 from asking import Api, error_of, events_of, join, make_api
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted import EOS, ScriptedEngine, tokenizer
+from scripted import EOS, ScriptedEngine, ScriptedGeneration, tokenizer
 
 from server.api import sse
 from server.api.limits import Limits
-from server.engine.request import Prompt
+from server.engine.request import Prompt, Usage
 
 some_tokens = st.lists(st.integers(0, 264) | st.just(EOS), min_size=1, max_size=24)
 requests = st.fixed_dictionaries(
@@ -69,6 +69,32 @@ def test_return_token_ids(api: Api) -> None:
     firsts = [chunk["choices"][0].get("prompt_token_ids") for chunk in chunks]
     assert firsts == [[97, 98], None, None, None, None, None]
     assert [id_ for chunk in chunks for id_ in chunk["choices"][0].get("token_ids", [])] == list(b"hello")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_every_chunk_has_what_was_asked_for(api: Api, count: int) -> None:
+    """The last one too: a loop that takes tokens from each chunk meets no null."""
+    chunks = api.chunks(prompt="ab", logprobs=count, return_token_ids=True)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert [token for choice in choices for token in choice["logprobs"]["tokens"]] == list("hello")
+    assert [token for choice in choices for token in choice["token_ids"]] == list(b"hello")
+    last = choices[-1]
+    assert (last["text"], last["finish_reason"]) == ("", "length")
+    assert last["logprobs"] == {
+        "tokens": [], "token_logprobs": [], "top_logprobs": [] if count else None, "text_offset": [],
+    }  # fmt: skip
+    plain = api.chunks(prompt="ab")[-1]["choices"][0]
+    assert plain["logprobs"] is None
+    assert "token_ids" not in plain
+
+
+def test_running_usage_counts_the_tokens_told_so_far(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not those that a worker has already made: with speculation that is several steps at once."""
+    monkeypatch.setattr(ScriptedGeneration, "usage", property(lambda _: Usage(2, 5, 0)))
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = api.chunks(prompt="ab", stream_options=options)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 5, 5, 5]
+    assert all(chunk["usage"]["prompt_tokens"] == 2 for chunk in chunks)
 
 
 def test_prompt_logprobs(api: Api) -> None:

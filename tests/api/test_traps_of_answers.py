@@ -3,8 +3,10 @@ list of promises numbers them: what an answer holds (1 to 14)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from asking import Api, join
+from asking import LIMITS, Api, join, make_api
 from scripted import CONTEXT, EOS, logprobs_of, says
 
 
@@ -146,6 +148,7 @@ def test_12_the_context_is_filled_to_the_last_token_and_no_further(api: Api) -> 
     assert error["message"] == (
         f"This model's maximum context length is {CONTEXT} tokens, however you requested {CONTEXT + 1} tokens "
         f"({CONTEXT - 10} in your prompt; 11 for the completion). Please reduce your prompt; or completion length."
+        " (HINT: an operator can have 'max_tokens' cut to what is left, by --clamp-max-tokens.)"
     )
     assert error["code"] == "context_length_exceeded"
     assert api.error(prompt=["a", "a" * CONTEXT], max_tokens=1)["code"] == "context_length_exceeded"
@@ -153,6 +156,18 @@ def test_12_the_context_is_filled_to_the_last_token_and_no_further(api: Api) -> 
     api.complete(prompt="a" * (CONTEXT - 3))  # the default takes what is left
     assert api.engine.requests[-1].params.max_tokens == 3
     assert api.error(prompt="a" * CONTEXT)["code"] == "context_length_exceeded"
+
+
+def test_12_max_tokens_is_clamped_to_what_is_left_where_the_operator_says_so() -> None:
+    api = make_api(limits=replace(LIMITS, clamp_max_tokens=True))
+    api.complete(prompt="a" * (CONTEXT - 10), max_tokens=100 * CONTEXT)
+    assert api.engine.requests[-1].params.max_tokens == 10
+    api.complete(prompt=["a", "a" * 20], max_tokens=CONTEXT, min_tokens=CONTEXT)
+    assert api.engine.requests[-1].params.max_tokens == CONTEXT - 1  # each ends at the end of its own context
+    api.complete(prompt="a" * CONTEXT, max_tokens=0, echo=True)
+    error = api.error(prompt="a" * CONTEXT, max_tokens=1)
+    assert error["code"] == "context_length_exceeded"
+    assert "--clamp-max-tokens" not in error["message"]  # it would not help
 
 
 def test_13_stop_strings(api: Api) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -9,12 +10,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from serving import RunningServer
 
 from server.commands.serve import Terminal
-from server.worker.messages import Starting
+from server.worker.messages import Ready, Starting
 
 COMMAND = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--threads", "1"]
 
@@ -40,6 +42,41 @@ def test_a_terminal_sees_the_weights_come(tiny: Path) -> None:
 
 def test_a_log_sees_no_bar(server: RunningServer) -> None:
     assert not any("Loading" in line or "\x1b" in line for line in server.lines)
+
+
+def curl_of(server: RunningServer) -> str:
+    return next(line for line in server.lines if line.strip().startswith("curl "))
+
+
+def run_verbatim(command: str, **env: str) -> dict[str, Any]:
+    said = subprocess.run(["sh", "-c", command], env={**os.environ, **env}, capture_output=True, timeout=60, check=True)
+    answer: dict[str, Any] = json.loads(said.stdout)
+    return answer
+
+
+def test_the_banners_curl_is_answered_on_a_server_with_a_key(tiny: Path) -> None:
+    key = {"GPT2_SERVER_API_KEY": "sk-of-the-operator"}
+    process = subprocess.Popen([*COMMAND, str(tiny)], stdout=subprocess.PIPE, text=True, env={**os.environ, **key})
+    assert process.stdout is not None
+    with process:
+        try:
+            curl = next(line for line in process.stdout if line.strip().startswith("curl "))
+            assert key["GPT2_SERVER_API_KEY"] not in curl
+            assert run_verbatim(curl, **key)["choices"][0]["text"]
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.stdout.read()
+
+
+def test_the_banners_curl_is_answered_on_a_server_without(server: RunningServer) -> None:
+    assert "Authorization" not in curl_of(server)
+    assert run_verbatim(curl_of(server))["choices"][0]["text"]
+
+
+def test_the_banner_leaves_a_place_for_a_key_of_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    served = type("Served", (), {"name": "some"})()
+    Terminal("http://127.0.0.1:1", served, "YOUR_KEY").ready(Ready("cpu", 16, 64, 0.1))
+    assert ' -H "Authorization: Bearer YOUR_KEY" ' in capsys.readouterr().out
 
 
 def test_the_bar_grows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

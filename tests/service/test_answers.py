@@ -129,6 +129,13 @@ def test_samples_differ_and_can_be_had_again(idle: RunningServer) -> None:
     assert answer(idle, {**request, "n": 2}) == first[:2]
 
 
+def test_equal_prompts_without_a_seed_are_sampled_apart_and_with_one_alike(idle: RunningServer) -> None:
+    request = {"prompt": ["Once"] * 3, "max_tokens": 12}
+    assert len({choice["text"] for choice in answer(idle, request)}) == 3
+    (alone,) = answer(idle, {**request, "prompt": "Once", "seed": 11})
+    assert [choice["text"] for choice in answer(idle, {**request, "seed": 11})] == [alone["text"]] * 3
+
+
 def test_best_of_returns_the_most_likely(idle: RunningServer) -> None:
     request = {"prompt": "Once", "max_tokens": 12, "seed": 11, "logprobs": 0}
     every = answer(idle, {**request, "n": 5})

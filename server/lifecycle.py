@@ -74,12 +74,13 @@ class Service:
             else:
                 self.backend.engine.fail_all(EngineError("The engine has stopped and cannot answer this request."))
         finally:
-            announcing.cancel()
-            watching.cancel()
-            status = await self.backend.stop(workers)
-            self.http.should_exit = True
-            await http
-            stopped.cancel()
+            for task in (announcing, watching, stopped):
+                task.cancel()
+            try:
+                status = await self.backend.stop(workers)
+            finally:
+                self.http.should_exit = True
+                await http
         return status
 
     def _on_signal(self, stop: asyncio.Event) -> None:

@@ -41,8 +41,10 @@ class Stored:
         self.batches.start()
 
     async def stop(self) -> None:
-        await self.tuning.stop()
-        await self.batches.stop()
+        try:
+            await self.tuning.stop()
+        finally:
+            await self.batches.stop()
 
     def close(self) -> None:
         self.store.close()

@@ -22,9 +22,11 @@ class Store:
     lock: int | None  # a descriptor, while nobody else may use the directory
 
     def close(self) -> None:
-        self.database.close()
-        if self.lock is not None:
-            os.close(self.lock)
+        try:
+            self.database.close()
+        finally:
+            if self.lock is not None:
+                os.close(self.lock)
 
 
 def open_store(directory: Path, url: str | None, max_file_bytes: int) -> Store:

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import os
 import time
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from server.api.phrases import Phrases
 from server.app import create_app
 from server.checkpoint import Checkpoint, find_checkpoint
 from server.engine.admission import Admission
+from server.engine.crash_loop import CrashLoop
 from server.engine.engine import Engine
 from server.engine.grammars import GrammarChecker, checker_command
 from server.engine.observer import Observer
@@ -70,17 +72,18 @@ class Backend:
         return [asyncio.create_task(supervisor.run()) for supervisor in self.supervisors]
 
     async def stop(self, workers: list[asyncio.Task[int]]) -> int:
-        """Returns the exit status."""
-        if self.stored is not None:
-            await self.stored.stop()
-        for supervisor in self.supervisors:
-            supervisor.stop()
-        status = max(await asyncio.gather(*workers))
-        if self.grammars is not None:
-            await self.grammars.stop()
-        if self.stored is not None:
-            self.stored.close()
-        return status
+        """Returns the exit status. A part that fails to stop keeps no other from it; what it raised is raised then."""
+        async with AsyncExitStack() as parts:  # the last one first
+            if self.stored is not None:
+                parts.callback(self.stored.close)
+            if self.grammars is not None:
+                parts.push_async_callback(self.grammars.stop)
+            parts.push_async_callback(asyncio.wait, workers)
+            for supervisor in self.supervisors:
+                parts.callback(supervisor.stop)
+            if self.stored is not None:
+                await self.stored.stop()
+        return max(worker.result() for worker in workers)
 
 
 def assemble(settings: Settings) -> Backend:
@@ -145,6 +148,7 @@ def assemble(settings: Settings) -> Backend:
     )
     if tracing is not None:
         app.add_middleware(tracing.TraceMiddleware, tracer=tracer)
+    crash_loop = CrashLoop()
     return Backend(
         app=app,
         engine=engine,
@@ -152,6 +156,7 @@ def assemble(settings: Settings) -> Backend:
             Supervisor(
                 _start(settings, checkpoint, config, tokenizer, max_model_len, worker),
                 engine,
+                crash_loop,
                 worker,
                 stall_timeout=settings.stall_timeout,
             )

@@ -25,6 +25,7 @@ class Candidate:
         self.cached_tokens = 0
         self.finish: FinishReason | None = None
         self.worker: int | None = None  # the one that computes it; None while there is none
+        self.place = 0  # among the messages sent to that worker
         self._output = output
         self._echo_due = echo
         self._logprob_sum = 0.0

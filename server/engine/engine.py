@@ -37,7 +37,7 @@ from server.errors import (
     WorkerKilled,
 )
 from server.worker.channel import EngineChannel
-from server.worker.messages import Abort, Loaded, Ready, Refused, Sleep, Slept, Step, Unload, WakeUp
+from server.worker.messages import Abort, Loaded, Ready, Received, Refused, Sleep, Slept, Step, Unload, WakeUp
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Engine:
         self._generations: set[RunningGeneration] = set()
         self._running: dict[int, tuple[Candidate, RunningGeneration]] = {}  # by candidate id, until its last token
         self._channels: dict[int, EngineChannel] = {}  # of the workers that run, by number
+        self._received: dict[int, int] = {}  # by worker: how many messages it had got when it last began on sequences
         self._router = Router(workers)
         self._quarantine = Quarantine()
         self.variants = variants
@@ -140,7 +141,9 @@ class Engine:
             candidate.worker = self._router.choose(candidate.prompt.token_ids, salt)
             assert candidate.worker is not None
             message = candidate.add_message(request.priority, salt, None if variant is None else variant.key)
-            self._channels[candidate.worker].send(message)
+            channel = self._channels[candidate.worker]
+            channel.send(message)
+            candidate.place = channel.sent
 
     def _send_waiting(self) -> None:
         self._send([id_ for id_, (candidate, _) in self._running.items() if candidate.worker is None])
@@ -234,6 +237,7 @@ class Engine:
     def worker_ready(self, worker: int, ready: Ready, channel: EngineChannel) -> None:
         """A fresh worker knows nothing: what nobody computes is sent again, with the tokens it has by now."""
         self._channels[worker] = channel
+        self._received[worker] = 0
         self._observer.worker_ready(worker, ready)
         self._router.joined(worker, ready.num_blocks, ready.block_size)
         self.worker = ready
@@ -242,6 +246,9 @@ class Engine:
         if self._sleep_level is not None and self.idle:
             channel.send(Sleep(self._sleep_level))
         self._send_waiting()
+
+    def worker_received(self, worker: int, received: Received) -> None:
+        self._received[worker] = received.messages
 
     def worker_step(self, worker: int, step: Step) -> None:
         now = self._last_step = time.monotonic()
@@ -292,8 +299,12 @@ class Engine:
         else:
             self._resting.discard(worker)
 
-    def worker_lost(self, worker: int) -> None:
-        """What it computed goes to the others, if there are any, or waits for the one that takes its place."""
+    def worker_lost(self, worker: int, *, killed: bool) -> None:
+        """What it computed goes to the others, if there are any, or waits for the one that takes its place.
+
+        killed: from outside, and not by what it computed.
+        """
+        received = self._received.pop(worker, 0)
         self._channels.pop(worker, None)
         self._router.left(worker)
         self._resting.discard(worker)
@@ -301,7 +312,8 @@ class Engine:
         lost = {id_: pair for id_, pair in self._running.items() if pair[0].worker == worker}
         for candidate, _ in lost.values():
             candidate.worker = None
-        killer = self._quarantine.died(list(lost))
+        began = [id_ for id_, (candidate, _) in lost.items() if candidate.place <= received]
+        killer = self._quarantine.died(list(lost), began, killed=killed)
         if killer is not None:
             log.error("a request has killed worker after worker", extra={"id": lost[killer][1].request.id})
             self._fail(lost[killer][1], WorkerKilled("The engine crashed whenever it worked on this request."))

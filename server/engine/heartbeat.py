@@ -27,8 +27,11 @@ class Heartbeat:
             self._received = message.received
             self._busy = message.stats.running + message.stats.waiting > 0
 
+    def has_work(self, sent: int) -> bool:
+        """sent: messages it was told so far. Whether there is something that it has to do, or to take in."""
+        return self._busy or sent > self._received
+
     def look(self, sent: int) -> int:
         """sent: messages it was told so far. Returns for how many looks it has been silent with something to do."""
-        has_work = self._busy or sent > self._received
-        self._silent = self._silent + 1 if has_work else 0
+        self._silent = self._silent + 1 if self.has_work(sent) else 0
         return self._silent

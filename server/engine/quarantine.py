@@ -7,15 +7,20 @@ was all alone with a worker when it died, and had been on one that died before, 
 
 So a killer costs at most four deaths: two among others, one on trial among those cleared before it, and one alone.
 
+A worker that died before it began to work on a sequence says nothing about that sequence. A worker that was killed from
+outside says little: it may have been the kernel, for want of memory that the sequence took. So where each death was of
+that kind a sequence is found guilty only after its fourth.
+
 It cannot know a killer that gets on between its murders (a new token clears it), nor two that only kill together; they
 are left to the supervisor, which gives up on a worker that keeps dying.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 SUSPECT = 2  # deaths
+KILLED_FROM_OUTSIDE = 4  # deaths before a sequence is blamed for a worker that was killed from outside
 
 
 class Quarantine:
@@ -23,13 +28,19 @@ class Quarantine:
         self._deaths: dict[int, int] = {}  # by sequence: of workers it was on, since its last token
         self._on_trial: int | None = None
 
-    def died(self, ids: list[int]) -> int | None:
-        """A worker died that had these. Returns the one that killed it, if that is certain."""
-        for id_ in ids:
+    def died(self, ids: list[int], began: Collection[int], *, killed: bool) -> int | None:
+        """A worker died that had these. began: those of them that it had begun to work on. killed: from outside.
+
+        Returns the sequence that killed it, if that is certain.
+        """
+        for id_ in began:
             self._deaths[id_] = self._deaths.get(id_, 0) + 1
         if self._on_trial in ids:
             self._on_trial = None
-        return ids[0] if len(ids) == 1 and self._deaths[ids[0]] >= SUSPECT else None
+        if len(began) != 1:
+            return None
+        (only,) = began
+        return only if self._deaths[only] >= (KILLED_FROM_OUTSIDE if killed else SUSPECT) else None
 
     def cleared(self, id_: int) -> bool:
         """It got a token, or has left. Returns whether others were waiting for that."""

@@ -29,6 +29,7 @@ from server.worker.messages import (
     Load,
     Loaded,
     Ready,
+    Received,
     Refused,
     SequenceOutput,
     Shutdown,
@@ -103,6 +104,8 @@ class Worker:
                 self._report([])
 
     def handle(self, messages: list[ToWorker]) -> None:
+        if any(isinstance(message, Add) for message in messages):
+            self._channel.send(Received(self._channel.received))
         for message in messages:
             self._handle(message)
 
@@ -127,8 +130,10 @@ class Worker:
                 raise AssertionError("a worker is started once")
 
     def _load(self, message: Load) -> None:
-        assert self._variants is not None, "a model for a worker that sleeps"
         self._known[message.key] = Path(message.directory)
+        if self._variants is None:  # in deep sleep it is only noted, and read when it is first asked for
+            self._channel.send(Loaded(message.key))
+            return
         self._variants.register(message.key, self._known[message.key])
         try:
             if not message.lazy:
@@ -144,8 +149,10 @@ class Worker:
 
     def _unload(self, key: str) -> None:
         """At once, or with the next one once nothing runs of it."""
+        if self._variants is None:  # in deep sleep nothing runs, and no variant is held
+            self._known.pop(key, None)
+            return
         self._leaving.add(key)
-        assert self._variants is not None
         for gone in self._leaving - self._scheduler.variants:
             self._variants.forget(gone)
             self._known.pop(gone, None)

@@ -107,4 +107,5 @@ class EngineChannel:
         return message
 
     def close(self) -> None:
-        self._writer.close()
+        """At once: nobody reads what may be left to send."""
+        self._writer.transport.abort()

@@ -110,6 +110,12 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     load_seconds: float
 
 
+class Received(msgspec.Struct, frozen=True, tag="received"):
+    """The worker has been given sequences and begins to work on them. A death before it says so is not their doing."""
+
+    messages: int  # received so far
+
+
 class SequenceOutput(msgspec.Struct, frozen=True):
     """What one step added to one sequence."""
 
@@ -188,4 +194,4 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     exit_code: int
 
 
-FromWorker = Starting | Ready | Step | Refused | Loaded | Slept | Failed
+FromWorker = Starting | Ready | Received | Step | Refused | Loaded | Slept | Failed

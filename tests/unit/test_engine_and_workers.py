@@ -31,6 +31,7 @@ from server.worker.messages import (
     Load,
     Loaded,
     Ready,
+    Received,
     Refused,
     SequenceOutput,
     Stats,
@@ -59,8 +60,18 @@ class Worker:
     def __post_init__(self) -> None:
         self.engine.worker_ready(self.number, Ready("scripted", 16, 64, 0.1), self)  # type: ignore[arg-type]
 
+    @property
+    def sent(self) -> int:
+        return len(self.told)
+
     def send(self, message: ToWorker) -> None:
         self.told.append(message)
+
+    def dies(self, *, killed: bool = False, idle: bool = False) -> None:
+        """While it works on what it was told; or, if idle, before it has begun to."""
+        if not idle:
+            self.engine.worker_received(self.number, Received(self.sent))
+        self.engine.worker_lost(self.number, killed=killed)
 
     @property
     def added(self) -> list[int]:
@@ -80,7 +91,7 @@ class Worker:
         self.engine.worker_step(self.number, Step([SequenceOutput(id_, token=65) for id_ in ids], stats, 0))
 
 
-def make_engine(request_timeout: float = 60, stall_timeout: float = 60, queued: int = 256) -> Engine:
+def make_engine(request_timeout: float = 60, stall_timeout: float = 60, queued: int = 256, workers: int = 1) -> Engine:
     tokenizer = ByteLevelTokenizer(
         {bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}, ["<|endoftext|>"], 257
     )
@@ -90,6 +101,7 @@ def make_engine(request_timeout: float = 60, stall_timeout: float = 60, queued: 
         tokenizer,
         admission,
         observer,
+        workers,
         request_timeout=request_timeout,
         stall_timeout=stall_timeout,
         variants=Variants(read_config(EMBEDDED)),
@@ -179,12 +191,12 @@ async def test_the_killer_fails_and_the_others_are_sent_again_one_by_one() -> No
     generations = [ask(engine) for _ in range(3)]
     for _ in range(2):  # together
         assert len(worker.added) == 3
-        engine.worker_lost(0)
+        worker.dies()
         worker = Worker(engine)
     (killer,) = worker.added  # alone
     late = ask(engine)
     assert worker.added == [killer]  # newcomers wait, out of harm's way
-    engine.worker_lost(0)
+    worker.dies()
     worker = Worker(engine)
     (second,) = worker.added
     worker.says(second)
@@ -198,12 +210,59 @@ async def test_the_killer_fails_and_the_others_are_sent_again_one_by_one() -> No
 
 
 @engine_test
+async def test_workers_killed_at_the_same_moment_convict_nobody() -> None:
+    """The second one was dead before it had begun on what the first one's death sent to it."""
+    engine = make_engine(workers=3)
+    for _ in range(5):
+        workers = [Worker(engine, number) for number in range(3)]
+        if engine.idle:
+            generation = ask(engine)
+        (first,) = (worker for worker in workers if worker.added)
+        first.dies(killed=True)
+        for worker in workers:
+            if worker is not first:
+                worker.dies(killed=True, idle=True)
+        (survivor,) = [worker for worker in [Worker(engine)] if worker.added]
+        survivor.says(*survivor.added)
+        survivor.dies(killed=True, idle=True)
+    assert (await anext(generation)).text == "A"
+    await generation.aclose()
+    engine.check()
+
+
+@engine_test
+async def test_a_lone_request_outlives_three_workers_killed_from_outside_and_is_found_guilty_of_the_fourth() -> None:
+    engine = make_engine()
+    worker = Worker(engine)
+    generation = ask(engine)
+    for _ in range(4):
+        assert worker.added == [generation.candidates[0].id]
+        worker.dies(killed=True)
+        worker = Worker(engine)
+    await fails_with(generation, WorkerKilled)
+    engine.check()
+
+
+@engine_test
+async def test_a_lone_request_is_found_guilty_of_the_second_worker_that_crashed() -> None:
+    engine = make_engine()
+    worker = Worker(engine)
+    generation = ask(engine)
+    for _ in range(2):
+        assert worker.added == [generation.candidates[0].id]
+        worker.dies()
+        worker = Worker(engine)
+    await fails_with(generation, WorkerKilled)
+    engine.check()
+
+
+@engine_test
 async def test_a_suspect_that_leaves_makes_way() -> None:
     engine = make_engine()
     worker = Worker(engine)
     generations = [ask(engine) for _ in range(2)]
     for _ in range(2):
-        engine.worker_lost(0)
+        worker.dies()
         worker = Worker(engine)
     await generations[1].aclose()
     assert worker.added == [2, 1]
@@ -238,7 +297,7 @@ async def test_a_model_beside_the_model_is_served_once_every_worker_has_it(adapt
     generation, plain = ask(engine, variant=variant), ask(engine)
     messages = [each for worker in workers for each in worker.told if isinstance(each, Add)]
     assert sorted((each.variant or "", bool(each.salt)) for each in messages) == [("", False), (load.key, True)]
-    engine.worker_lost(0)
+    workers[0].dies()
     assert Worker(engine).told[0] == load  # before anything that needs it
     engine.remove_variant("mine")
     assert workers[1].told[-1] == Unload(load.key)

@@ -24,7 +24,7 @@ from server.engine.request import GenerationRequest, Prompt
 from server.engine.variants import Variants
 from server.errors import Overloaded
 from server.metrics import PROCESS, Metrics
-from server.worker.messages import FinishReason, Ready, Refused, SequenceOutput, Stats, Step, ToWorker, Work
+from server.worker.messages import FinishReason, Ready, Received, Refused, SequenceOutput, Stats, Step, ToWorker, Work
 
 VARIANTS = Variants(read_config(EMBEDDED))
 TOKENIZER = ByteLevelTokenizer(
@@ -37,8 +37,10 @@ QUEUED = 3
 class Channel:
     """A worker that listens and says nothing by itself."""
 
+    sent = 0
+
     def send(self, message: ToWorker) -> None:
-        pass
+        self.sent += 1
 
 
 @dataclass
@@ -54,6 +56,7 @@ class World:
     phases: Counter[str] = field(default_factory=Counter)
     deaths: Counter[int] = field(default_factory=Counter)  # of workers a candidate was on, since its last token
     up: set[int] = field(default_factory=set)
+    channels: dict[int, Channel] = field(default_factory=dict)
     refused: int = 0
 
     def __post_init__(self) -> None:
@@ -74,7 +77,8 @@ class World:
     def join(self, worker: int) -> None:
         if worker not in self.up:
             self.up.add(worker)
-            self.engine.worker_ready(worker, Ready("scripted", 16, 64, 0.1), Channel())  # type: ignore[arg-type]
+            self.channels[worker] = Channel()
+            self.engine.worker_ready(worker, Ready("scripted", 16, 64, 0.1), self.channels[worker])  # type: ignore[arg-type]
 
     def ask(self, n: int, best_of: int, prompts: int, max_tokens: int) -> None:
         params = SamplingParams(seed=1, max_tokens=max_tokens, ignore_eos=True)
@@ -147,7 +151,8 @@ class World:
             self.deaths.update(each.id for each in lost)
             if len(lost) == 1 and self.deaths[lost[0].id] > 1:  # all alone with the second worker that it died with
                 self.fails(next(each for each in self.open if lost[0] in each.candidates))
-            self.engine.worker_lost(worker)
+            self.engine.worker_received(worker, Received(self.channels[worker].sent))
+            self.engine.worker_lost(worker, killed=False)
 
     def fails(self, generation: RunningGeneration) -> None:
         for each in generation.candidates:

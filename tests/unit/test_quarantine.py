@@ -51,7 +51,7 @@ class Service:
         lost = [id_ for id_, where in self.at.items() if where == worker]
         for id_ in lost:
             del self.at[id_]
-        killer = self.quarantine.died(lost)
+        killer = self.quarantine.died(lost, lost, killed=False)
         if killer is not None:
             self.failed.add(killer)
             self.leave(killer)
@@ -130,3 +130,29 @@ def test_the_usual_case_costs_three_deaths() -> None:
         service.step(0)
     assert service.failed == {7}
     assert service.deaths == 3
+
+
+def test_a_worker_that_had_not_begun_on_a_sequence_says_nothing_about_it() -> None:
+    quarantine = Quarantine()
+    for _ in range(9):
+        assert quarantine.died([1], [], killed=True) is None
+        assert quarantine.admit([1, 2]) == [1, 2]
+    assert quarantine.died([1, 2], [1], killed=False) is None
+    assert quarantine.died([1, 2], [1], killed=False) == 1
+
+
+def test_killers_that_the_kernel_ends_for_their_memory_are_found_too() -> None:
+    quarantine, deaths = Quarantine(), 0
+    waiting = list(range(8))
+    while True:
+        here = quarantine.admit(waiting)
+        if 7 not in here:
+            for id_ in here:
+                quarantine.cleared(id_)
+                waiting.remove(id_)
+            continue
+        deaths += 1
+        if (killer := quarantine.died(here, here, killed=True)) is not None:
+            break
+    assert killer == 7
+    assert deaths == 4

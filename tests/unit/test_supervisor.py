@@ -38,6 +38,26 @@ while not any(isinstance(message, Shutdown) for message in channel.receive(wait=
     pass
 """
 
+START = Start(  # nobody looks at what is in it
+    model="m",
+    eos_token_ids=[0],
+    device="cpu",
+    dtype="float32",
+    quantization=None,
+    kv_cache_dtype="auto",
+    max_model_len=64,
+    max_num_seqs=4,
+    max_num_batched_tokens=64,
+    target_itl=None,
+    block_size=16,
+    kv_cache_bytes=1,
+    gpu_utilization=None,
+    deterministic=False,
+    prefix_caching=True,
+    kernels="auto",
+    threads=1,
+)
+
 
 @dataclass
 class Told:
@@ -76,8 +96,7 @@ class Stage:
         """The exit status of the service."""
 
         async def play() -> int:
-            start = Start("m", "cpu", "float32", None, "auto", 64, 4, 64, None, 16, 1, None, False, True, "auto", 1)
-            supervisor = Supervisor(start, self.told, CrashLoop(), stall_timeout=60)
+            supervisor = Supervisor(START, self.told, CrashLoop(), stall_timeout=60)
             running = asyncio.create_task(supervisor.run())
             if act is not None:
                 await act(supervisor, running)

@@ -7,9 +7,8 @@ back no further than the last breaker; the penalty is multiplier x base ^ (lengt
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 LOG_FLOAT_MAX = 88.7228391  # beyond it base ** exponent is no float32
 
@@ -20,15 +19,18 @@ class DryParams:
     base: float = 1.75
     allowed_length: int = 2
     last_n: int | None = None  # how many of the last tokens are looked at; None for all
-    breakers: tuple[tuple[int, ...], ...] = ()  # token sequences across which no repetition reaches
+    # Token sequences across which no repetition reaches: any one of some tokens, and then these.
+    breakers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
 
-def dry_penalties(tokens: Sequence[int], params: DryParams) -> dict[int, float]:
-    """What to take off each token's logit. tokens: prompt and output."""
+def dry_penalties(
+    tokens: Sequence[int], params: DryParams, tokens_since_breaker: Callable[[Sequence[int]], int]
+) -> dict[int, float]:
+    """What to take off each token's logit. tokens: prompt and output. tokens_since_breaker: of a text."""
     window = tokens[max(0, len(tokens) - params.last_n) :] if params.last_n is not None else tokens
     if len(window) <= params.allowed_length:
         return {}
-    reach = _since_breaker(window, params.breakers)
+    reach = tokens_since_breaker(window)
     if reach < params.allowed_length:
         return {}
     lengths: dict[int, int] = {}
@@ -44,29 +46,6 @@ def _penalty(excess: int, params: DryParams) -> float:
     if params.base > 1.000001:
         excess = min(excess, int(LOG_FLOAT_MAX / math.log(params.base)))
     return float(params.multiplier * params.base**excess)
-
-
-@lru_cache(64)
-def _by_head(breakers: tuple[tuple[int, ...], ...]) -> dict[int, list[tuple[int, ...]]]:
-    heads: dict[int, list[tuple[int, ...]]] = {}
-    for breaker in breakers:
-        heads.setdefault(breaker[0], []).append(breaker)
-    return heads
-
-
-def _since_breaker(window: Sequence[int], breakers: tuple[tuple[int, ...], ...]) -> int:
-    """How many tokens follow the last breaker, all of them where there is none."""
-    by_head = _by_head(breakers)
-    for after in range(len(window)):  # tokens that follow the one looked at
-        at = len(window) - 1 - after
-        ends = [
-            len(each)
-            for each in by_head.get(window[at], ())
-            if len(each) <= after + 1 and tuple(window[at : at + len(each)]) == each
-        ]
-        if ends:
-            return after + 1 - max(ends)
-    return len(window)
 
 
 def _suffix_matches(window: Sequence[int]) -> list[int]:

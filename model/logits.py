@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.dry import dry_penalties
+from model.request_tables import Ids
 from model.sampling_params import BAN
 from model.sampling_row import SamplingRow
 
@@ -71,30 +72,27 @@ def _adjust_row(logits: Tensor, row: SamplingRow) -> None:
 
 
 def _allow_and_bias(logits: Tensor, row: SamplingRow) -> None:
-    params = row.params
-    if params.allowed_token_ids is not None:
-        allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
-        kept = logits[allowed]
-        logits.fill_(-torch.inf)
-        logits[allowed] = kept
-    if params.logit_bias:
-        ids = torch.tensor([id_ for id_, _ in params.logit_bias], device=logits.device)
-        biases = torch.tensor([-torch.inf if bias <= BAN else bias for _, bias in params.logit_bias])
-        logits[ids] += biases.to(logits.device)
+    tables = row.tables
+    allowed = tables.allowed_bits()
+    if allowed is not None:
+        logits.masked_fill_(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
+    if tables.bias_ids is not None and tables.bias_values is not None:
+        logits[_place(tables.bias_ids, logits)] += torch.from_numpy(tables.bias_values).to(logits.device)
 
 
 def _ban(logits: Tensor, row: SamplingRow) -> None:
-    params = row.params
-    if row.output.numel() < params.min_tokens:
-        logits[[*row.eos_token_ids, *params.stop_token_ids]] = -torch.inf
-    if params.bad_words:
-        output = row.output[-max(map(len, params.bad_words)) :].tolist()
-        banned = [word[-1] for word in params.bad_words if _ends_with(output, word[:-1])]
-        logits[banned] = -torch.inf
+    tables = row.tables
+    if tables.ends is not None and row.output.numel() < row.params.min_tokens:
+        logits.index_fill_(0, _place(tables.ends, logits), -torch.inf)
+    if tables.bad_ids is not None:
+        logits.index_fill_(0, _place(tables.bad_ids, logits), -torch.inf)
+    if tables.bad_runs and row.output.numel():
+        runs = tables.bad_runs.get(int(row.output[-1]), ())
+        logits[[run[-1] for run in runs if tuple(row.output[1 - len(run) :].tolist()) == run[:-1]]] = -torch.inf
 
 
-def _ends_with(output: list[int], start: tuple[int, ...]) -> bool:
-    return not start or tuple(output[-len(start) :]) == start
+def _place(ids: Ids, logits: Tensor) -> Tensor:
+    return torch.from_numpy(ids).to(logits.device).long()
 
 
 def _penalise(logits: Tensor, row: SamplingRow) -> None:
@@ -106,8 +104,9 @@ def _penalise(logits: Tensor, row: SamplingRow) -> None:
     if (params.presence_penalty or params.frequency_penalty) and row.output.numel():
         seen, counts = torch.unique(row.output, return_counts=True)
         logits[seen] -= counts * params.frequency_penalty + params.presence_penalty
-    if params.dry is not None:
-        penalties = dry_penalties([*row.prompt.tolist(), *row.output.tolist()], params.dry)
+    if params.dry is not None and row.tables.breakers is not None:
+        text = [*row.prompt.tolist(), *row.output.tolist()]
+        penalties = dry_penalties(text, params.dry, row.tables.breakers.tokens_since)
         if penalties:
             ids = torch.tensor(list(penalties), device=logits.device)
             logits[ids] -= torch.tensor(list(penalties.values()), dtype=logits.dtype, device=logits.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.batch import Batch, Wanted
 from model.grammar import Matcher
+from model.request_tables import RequestTables
 from model.rng import uniforms
 from model.sampling_params import SamplingParams
 from model.sampling_row import SamplingRow
@@ -29,11 +30,14 @@ class Row:
     __slots__ = (
         "_uniforms",
         "blocks",
+        "choice",
         "hidden_sum",
         "length",
         "matcher",
         "params",
         "prompt_length",
+        "seed",
+        "tables",
         "tokens",
         "variant",
     )
@@ -41,6 +45,7 @@ class Row:
     def __init__(
         self,
         new: NewSequence,
+        tables: RequestTables,
         context: int,
         max_blocks: int,
         matcher: Matcher | None = None,
@@ -53,6 +58,9 @@ class Row:
         self.length = len(known)
         self.prompt_length = len(new.prompt)
         self.params: SamplingParams = new.params
+        self.tables = tables
+        self.choice = new.choice
+        self.seed = new.params.seed if new.seed is None else new.seed
         self.hidden_sum: npt.NDArray[np.float64] = np.zeros(())  # (n_embd,) once something was added
         self.blocks: npt.NDArray[np.int32] = np.zeros(max_blocks, dtype=np.int32)
         self.matcher = matcher
@@ -76,15 +84,13 @@ class Row:
         """Lay down what may follow the known tokens."""
         self.tokens[self.length : self.length + len(tokens)] = tokens
 
-    def sampling_row(self, guesses: int, eos_token_ids: tuple[int, ...], device: torch.device) -> SamplingRow:
+    def sampling_row(self, guesses: int, device: torch.device) -> SamplingRow:
         """What decides the token that follows the known ones and so many guesses."""
         position = self.length + guesses
-        params = self.params
         return SamplingRow(
-            params=params,
+            tables=self.tables,
             uniform=self.uniform(position),
-            coin=self.uniform(position, word=1) if params.xtc_probability > 0 else 0.0,
-            eos_token_ids=eos_token_ids,
+            coin=self.uniform(position, word=1) if self.params.xtc_probability > 0 else 0.0,
             prompt=torch.from_numpy(self.tokens[: self.prompt_length]).to(device),
             output=torch.from_numpy(self.tokens[self.prompt_length : position]).to(device),
             allowed=self._allowed(device),
@@ -105,7 +111,7 @@ class Row:
         start, numbers = self._uniforms.get(word, (0, []))
         if not start <= position < start + len(numbers):
             start = position
-            numbers = uniforms(self.params.seed, self.params.choice, start, UNIFORMS_AHEAD, word).tolist()
+            numbers = uniforms(self.seed, self.choice, start, UNIFORMS_AHEAD, word).tolist()
             self._uniforms[word] = start, numbers
         return numbers[position - start]
 

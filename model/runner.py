@@ -15,6 +15,7 @@ from model.adapters import AdaptedRows, Adapter
 from model.gpt2 import GPT2
 from model.grammar import Grammars, Matcher
 from model.kv_cache import KVCache
+from model.request_tables import TablesOfRequests
 from model.row import Row, Span, lay_out
 from model.sampling import sample
 from model.speculative import Drafter
@@ -56,6 +57,7 @@ class Runner:
         self._drafter = drafter
         self._grammars = grammars
         self._variants = variants
+        self._tables = TablesOfRequests(model.config.vocab_size, model.config.eos_token_ids)
         self.rows: dict[int, Row] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -71,7 +73,7 @@ class Runner:
         self.forget(plan.removed)
         for new in plan.added:
             parts = self._matcher(new), self._variant(new)
-            self.rows[new.id] = Row(new, self._context, self._max_blocks, *parts)
+            self.rows[new.id] = Row(new, self._tables.of(new.params), self._context, self._max_blocks, *parts)
         for chunk in plan.chunks:
             if chunk.blocks:
                 self.rows[chunk.id].take_blocks(chunk)
@@ -157,9 +159,8 @@ class Runner:
         wanted = [(c, p, g) for c, p, g in zip(plan.chunks, pieces, guesses, strict=True) if c.samples]
         if not wanted:
             return []
-        ends = self._model.config.eos_token_ids
         deciders = [
-            self.rows[chunk.id].sampling_row(ahead, ends, self._device)
+            self.rows[chunk.id].sampling_row(ahead, self._device)
             for chunk, _, guessed in wanted
             for ahead in range(len(guessed) + 1)
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from model.dry import DryParams
@@ -15,11 +16,11 @@ class SamplingParams:
     """The engine's copy of the wire's sampling fields; ranges were checked when the request was parsed.
 
     The uniform number that picks the token at a position is a function of (seed, choice, position) and of nothing
-    else, so a sequence can be replayed, preempted or batched without changing a byte of it.
+    else, so a sequence can be replayed, preempted or batched without changing a byte of it. The choice (which of the n
+    samples of a prompt) is the sequence's own, and so may be its seed; all the rest the samples of a request share.
     """
 
     seed: int  # 64 bits, signed or not; drawn at admission when the client gave none
-    choice: int = 0  # which of the n (or best_of) samples of one prompt
     max_tokens: int = 16
     min_tokens: int = 0  # EOS and stop_token_ids cannot be sampled before it
     temperature: float = 1.0
@@ -37,11 +38,16 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()  # no output holds one of these runs of tokens
     dry: DryParams | None = None
     grammar: str | None = None  # for model.grammar: the output matches it where it ends by itself
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # rising
     ignore_eos: bool = False
     logprobs: int | None = None  # 0 is on: the sampled token's alone
     prompt_logprobs: int | None = None
     pooled: bool = False  # wanted: the mean of the prompt's final hidden states, and no tokens (max_tokens 0)
+
+    def stops_at(self, token: int) -> bool:
+        """Whether it is one of stop_token_ids."""
+        at = bisect_left(self.stop_token_ids, token)
+        return at < len(self.stop_token_ids) and self.stop_token_ids[at] == token
 
     @property
     def greedy(self) -> bool:

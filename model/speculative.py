@@ -126,8 +126,7 @@ class DraftModel:
         return self._model.forward(batch, self._cache)
 
     def _guess(self, rows: list[Row], hidden: Tensor, made: int) -> list[int]:
-        ends = self._model.config.eos_token_ids
-        deciders = [row.sampling_row(made, ends, self._device) for row in rows]
+        deciders = [row.sampling_row(made, self._device) for row in rows]
         # Where no token is left the network will find that out: whatever is guessed there is wrong.
         return [0 if token is None else token for token in sample(self._model.logits(hidden), deciders)[0]]
 

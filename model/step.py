@@ -27,8 +27,10 @@ class NewSequence:
     id: int
     prompt: list[int]
     output: list[int]
-    params: SamplingParams
+    params: SamplingParams  # the samples of a request share the object
     variant: str | None = None  # of the network, by its key; None for the network itself
+    choice: int = 0  # which of the n (or best_of) samples of its prompt
+    seed: int | None = None  # in place of that of the parameters
 
 
 class ScheduledChunk(msgspec.Struct, frozen=True):

@@ -24,6 +24,7 @@ from model.gpu.ladder import Ladder
 from model.gpu.sampling import Draw, Sampler, on_device
 from model.gpu.seats import Seats
 from model.kv_cache import KVCache
+from model.request_tables import make_tables
 from model.row import Row
 from model.runner import Runner
 from model.sampling_params import SamplingParams
@@ -129,7 +130,9 @@ class GraphRunner:
     def _warm_up(self) -> None:
         """A prompt of two tokens that belong to nobody: nobody's first one shall wait for kernels to be compiled."""
         new = NewSequence(id=-1, prompt=[0, 0], output=[], params=SamplingParams(seed=0, max_tokens=1))
-        row = Row(new, len(new.prompt), self._max_blocks)
+        config = self._model.config
+        tables = make_tables(new.params, config.vocab_size, config.eos_token_ids)
+        row = Row(new, tables, len(new.prompt), self._max_blocks)
         row.blocks.fill(self._scratch_block)
         self._sampler.keep(self._seats.take(new.id, row), row.params)
         chunks = Chunks([row], self._seats.of([new.id]), np.array([0]), np.array([row.length]))

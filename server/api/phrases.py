@@ -21,13 +21,14 @@ BORDER = "\u0100"  # between tokens written one character a byte
 REMEMBERED_MAX = 64
 
 Run = tuple[int, ...]  # of token ids
+Breaker = tuple[Run, Run]  # any one of some tokens, and then all of these
 
 
 class Phrases:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._index: tuple[str, list[int]] | None = None
-        self._breakers: OrderedDict[str, tuple[Run, ...]] = OrderedDict()
+        self._breakers: OrderedDict[str, tuple[Breaker, ...]] = OrderedDict()
 
     async def resolve(self, params: SamplingParams, body: CompletionBody) -> SamplingParams:
         """In a thread, where there is anything to do: scanning the vocabulary takes milliseconds."""
@@ -41,20 +42,21 @@ class Phrases:
         )
         if params.dry is None:
             return params
-        breakers = {run for text in body.dry_sequence_breakers for run in self.breaker(text)}
+        breakers = {each for text in body.dry_sequence_breakers for each in self.breaker(text)}
         return replace(params, dry=replace(params.dry, breakers=tuple(sorted(breakers))))
 
-    def breaker(self, text: str) -> tuple[Run, ...]:
+    def breaker(self, text: str) -> tuple[Breaker, ...]:
         """As llama.cpp: every token that holds the text, and every token that begins it with what has to follow; the
         latter where any text can be written."""
         known = self._breakers.get(text)
         if known is None:
             raw = text.encode()
-            runs: set[Run] = {(id_,) for id_ in self._tokens_with(raw)}
+            found: list[Breaker] = [(tuple(self._tokens_with(raw)), ())]
             for cut in range(1, len(raw) if self._tokenizer.byte_level else 0):
-                tail = self._tail(raw[cut:])
-                runs |= {(id_, *tail) for id_ in self._tokens_with(raw[:cut], at_end=True)}
-            known = self._breakers[text] = tuple(sorted(runs))
+                heads = tuple(self._tokens_with(raw[:cut], at_end=True))
+                if heads:
+                    found.append((heads, tuple(self._tail(raw[cut:]))))
+            known = self._breakers[text] = tuple(found)
             if len(self._breakers) > REMEMBERED_MAX:
                 self._breakers.popitem(last=False)
         return known

@@ -5,14 +5,14 @@ It remembers every token, so that a new worker can go on where a dead one stoppe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from model.sampling_params import SamplingParams
 from model.step import PromptLogprobs, TokenLogprobs
 from server.engine.output import ChoiceOutput
-from server.engine.request import ChoiceDelta, Prompt
-from server.worker.messages import Add, FinishReason, SequenceOutput
+from server.engine.request import ChoiceDelta, GenerationRequest, Prompt
+from server.worker.messages import FinishReason, Sample, SequenceOutput, Submit
 
 
 class Candidate:
@@ -21,6 +21,8 @@ class Candidate:
         self.id = id_
         self.prompt = prompt
         self.params = params
+        self.choice = 0  # which of the samples of its prompt it is
+        self.seed: int | None = None  # of its prompt's random numbers; None for that of the parameters
         self.tokens: list[int] = []
         self.cached_tokens = 0
         self.finish: FinishReason | None = None
@@ -35,18 +37,6 @@ class Candidate:
     def mean_logprob(self) -> float:
         """What best_of ranks by."""
         return self._logprob_sum / max(len(self.tokens), 1)
-
-    def add_message(self, priority: int, salt: bytes, variant: str | None = None) -> Add:
-        """What a worker needs to compute the rest of it."""
-        return Add(
-            id=self.id,
-            prompt=self.prompt.token_ids,
-            params=self.params,
-            output=list(self.tokens),
-            priority=priority,
-            salt=salt,
-            variant=variant,
-        )
 
     def take(self, said: SequenceOutput) -> Iterator[ChoiceDelta]:
         """What a step said becomes text. Look at `finish` afterwards: a stop string may have ended the candidate."""
@@ -81,3 +71,23 @@ class Candidate:
         known = len(self._prompt_rows) + 1 - scored.start  # the row of position p is number p - 1
         assert known >= 0
         self._prompt_rows += scored.rows[known:]
+
+
+def submission(request: GenerationRequest, candidates: Sequence[Candidate]) -> Submit:
+    """What a worker needs to compute the rest of these; their parameters are the same object."""
+    prompts = {id(candidate.prompt): candidate.prompt.token_ids for candidate in candidates}
+    places = {id_: place for place, id_ in enumerate(prompts)}
+    return Submit(
+        params=candidates[0].params,
+        prompts=list(prompts.values()),
+        samples=[_sample(each, places[id(each.prompt)]) for each in candidates],
+        priority=request.priority,
+        salt=request.cache_salt,
+        variant=None if request.variant is None else request.variant.key,
+    )
+
+
+def _sample(candidate: Candidate, prompt: int) -> Sample:
+    return Sample(
+        id=candidate.id, prompt=prompt, choice=candidate.choice, seed=candidate.seed, output=list(candidate.tokens)
+    )

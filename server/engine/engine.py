@@ -17,7 +17,7 @@ from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from server.engine.admission import Admission
 from server.engine.beam import BeamGeneration
-from server.engine.candidate import Candidate
+from server.engine.candidate import Candidate, submission
 from server.engine.generation import RunningGeneration
 from server.engine.observer import Observer
 from server.engine.output import ChoiceOutput, TokenTexts
@@ -133,17 +133,20 @@ class Engine:
 
     def _send(self, ids: list[int]) -> None:
         """Each to the worker that suits it best. With none about, or a killer at large, it has to wait."""
+        together: dict[tuple[int, int, int], list[Candidate]] = {}  # by worker, request and parameters
+        requests: dict[int, GenerationRequest] = {}
         for id_ in self._quarantine.admit(ids) if self._channels else ():
             candidate, generation = self._running[id_]
             request = generation.request
-            variant = request.variant
-            salt = request.salt if variant is None else request.salt + variant.salt
-            candidate.worker = self._router.choose(candidate.prompt.token_ids, salt)
-            assert candidate.worker is not None
-            message = candidate.add_message(request.priority, salt, None if variant is None else variant.key)
-            channel = self._channels[candidate.worker]
-            channel.send(message)
-            candidate.place = channel.sent
+            worker = candidate.worker = self._router.choose(candidate.prompt.token_ids, request.cache_salt)
+            assert worker is not None
+            requests[id(request)] = request
+            together.setdefault((worker, id(request), id(candidate.params)), []).append(candidate)
+        for (worker, request_id, _), candidates in together.items():
+            channel = self._channels[worker]
+            channel.send(submission(requests[request_id], candidates))
+            for candidate in candidates:
+                candidate.place = channel.sent
 
     def _send_waiting(self) -> None:
         self._send([id_ for id_, (candidate, _) in self._running.items() if candidate.worker is None])
@@ -184,12 +187,14 @@ class Engine:
         return BeamGeneration(request, start, output, frozenset((*request.params.stop_token_ids, *ends)), self._close)
 
     def _candidates(self, request: GenerationRequest) -> list[Candidate]:
-        candidates = []
+        candidates, params = [], request.candidate_params
         for place, prompt in enumerate(request.prompts):
             for k in range(request.best_of):
                 output = ChoiceOutput(request, prompt, place * request.n + k, self._tokenizer, self._texts)
-                params = request.params_of(place, k)
-                candidates.append(Candidate(next(self._ids), prompt, params, output, echo=request.echo))
+                candidate = Candidate(next(self._ids), prompt, params, output, echo=request.echo)
+                candidate.choice = k
+                candidate.seed = request.seeds[place] if request.seeds else None
+                candidates.append(candidate)
         return candidates
 
     def _close(self, generation: RunningGeneration) -> None:

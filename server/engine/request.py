@@ -68,13 +68,16 @@ class GenerationRequest:
         """What it may use, prompts and completions together."""
         return self.prompt_tokens + len(self.prompts) * self.best_of * self.params.max_tokens
 
-    def params_of(self, prompt: int, k: int) -> SamplingParams:
-        """Of candidate k of a prompt, by its place: its own random numbers, and the scores that best_of ranks by."""
-        seed = self.seeds[prompt] if self.seeds else self.params.seed
-        params = replace(self.params, seed=seed, choice=k)
-        if self.best_of > self.n and params.logprobs is None:
-            params = replace(params, logprobs=0)
-        return params
+    @property
+    def cache_salt(self) -> bytes:
+        """Of the prefix cache: what a variant computes is another's than the model's."""
+        return self.salt if self.variant is None else self.salt + self.variant.salt
+
+    @property
+    def candidate_params(self) -> SamplingParams:
+        """With the scores that best_of ranks by."""
+        scored = self.best_of > self.n and self.params.logprobs is None
+        return replace(self.params, logprobs=0) if scored else self.params
 
 
 @dataclass(frozen=True, slots=True)

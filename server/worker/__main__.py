@@ -24,7 +24,6 @@ from server.worker.budget import PREFILL_LEAST, BudgetController
 from server.worker.channel import WorkerChannel
 from server.worker.messages import (
     Abort,
-    Add,
     Failed,
     Load,
     Loaded,
@@ -38,6 +37,7 @@ from server.worker.messages import (
     Start,
     Starting,
     Step,
+    Submit,
     ToWorker,
     Unload,
     WakeUp,
@@ -104,15 +104,15 @@ class Worker:
                 self._report([])
 
     def handle(self, messages: list[ToWorker]) -> None:
-        if any(isinstance(message, Add) for message in messages):
+        if any(isinstance(message, Submit) for message in messages):
             self._channel.send(Received(self._channel.received))
         for message in messages:
             self._handle(message)
 
     def _handle(self, message: ToWorker) -> None:
         match message:
-            case Add():
-                self._add(message)
+            case Submit():
+                self._submit(message)
             case Abort():
                 for id_ in message.ids:
                     self._scheduler.abort(id_)
@@ -158,18 +158,20 @@ class Worker:
             self._known.pop(gone, None)
             self._leaving.discard(gone)
 
-    def _add(self, message: Add) -> None:
+    def _submit(self, message: Submit) -> None:
         if message.variant is not None:
             assert self._variants is not None, "work for a worker that sleeps"
             try:
                 self._variants.use(message.variant, self._scheduler.variants, self._still_reading)
             except ModelError:
-                self._channel.send(Refused(message.id, unloadable=True))
+                for sample in message.samples:
+                    self._channel.send(Refused(sample.id, unloadable=True))
                 return
-        try:
-            self._scheduler.add(message)
-        except ValueError:  # no reason to end for all the others
-            self._channel.send(Refused(message.id))
+        for add in message.adds():
+            try:
+                self._scheduler.add(add)
+            except ValueError:  # no reason to end for all the others
+                self._channel.send(Refused(add.id))
 
     def _sleep(self, *, deep: bool) -> None:
         """Give back the KV pool, and if deep the weights. Nothing runs any more: the api process has seen to that."""

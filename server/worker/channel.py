@@ -34,9 +34,13 @@ class WorkerChannel:
         self._socket.sendall(_frame(self._encoder.encode(message)))
 
     def receive(self, *, wait: bool) -> list[ToWorker]:
-        """Every message that has arrived; with `wait`, at least one. Raises EOFError when the api process is gone."""
+        """Every message that has arrived; with `wait`, at least one. Raises EOFError when the api process is gone.
+
+        A message that has begun is waited for. The socket holds little at a time, so a long message that was taken as
+        it came, a piece before each step, would hold up what is sent after it for many steps: an Abort too.
+        """
         messages = self._complete()
-        while self._fill(wait=wait and not messages):
+        while self._fill(wait=bool(self._buffer) or (wait and not messages)):
             messages += self._complete()
         return messages
 

@@ -389,4 +389,5 @@ class Scheduler:
 
 def _for_runner(sequence: Sequence) -> NewSequence:
     prompt, output = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
-    return NewSequence(sequence.id, prompt, output, sequence.params, sequence.variant)
+    own = sequence.variant, sequence.choice, sequence.seed
+    return NewSequence(sequence.id, prompt, output, sequence.params, *own)

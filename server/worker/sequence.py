@@ -5,6 +5,7 @@ Knows nothing of text (stop strings are the engine's), of the network, or of oth
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -29,7 +30,9 @@ class Sequence:
     tokens: list[int]  # the prompt, then the output
     prompt_length: int
     limit: int  # tokens it may grow to: prompt + max_tokens, or the context
-    stop_tokens: frozenset[int]
+    ends: Collection[int]  # tokens that end it, beside its stop tokens
+    choice: int
+    seed: int
     rank: tuple[int, int]  # the lowest runs first and is preempted last
     salt: bytes
     variant: str | None = None
@@ -60,7 +63,9 @@ class Sequence:
             tokens=message.prompt + message.output,
             prompt_length=length,
             limit=min(length + params.max_tokens, max_model_len),
-            stop_tokens=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids),
+            ends=() if params.ignore_eos else eos_token_ids,
+            choice=message.choice,
+            seed=params.seed if message.seed is None else message.seed,
             rank=rank,
             salt=message.salt,
             variant=message.variant,
@@ -99,7 +104,7 @@ class Sequence:
         self.tokens.append(token)
         if grammar is GrammarState.COMPLETE:
             return FinishReason.STOP
-        if token in self.stop_tokens and len(self.tokens) - self.prompt_length > self.params.min_tokens:
+        if self._stops_at(token) and len(self.tokens) - self.prompt_length > self.params.min_tokens:
             return FinishReason.STOP
         cut = len(self.tokens) >= self.limit or grammar is GrammarState.LOST
         return FinishReason.LENGTH if cut else None
@@ -107,7 +112,10 @@ class Sequence:
     @property
     def stop_token(self) -> int | None:
         """The last token, if it is one that ends a sequence; a grammar may end it with any."""
-        return self.tokens[-1] if self.tokens[-1] in self.stop_tokens else None
+        return self.tokens[-1] if self._stops_at(self.tokens[-1]) else None
+
+    def _stops_at(self, token: int) -> bool:
+        return token in self.ends or self.params.stops_at(token)
 
     def leading_keys(self, count: int, block_size: int) -> list[BlockKey]:
         """The keys of the first `count` blocks, all of them full of known tokens."""

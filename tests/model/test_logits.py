@@ -21,6 +21,7 @@ from transformers import (
 
 from model.dry import DryParams, dry_penalties
 from model.logits import adjust
+from model.request_tables import make_breakers
 from model.rng import uniforms
 from model.sampling import sample
 
@@ -109,7 +110,8 @@ def naive_dry(tokens: list[int], params: DryParams) -> dict[int, float]:
     reach = len(tokens)
     for after in range(len(tokens)):
         at = len(tokens) - 1 - after
-        matches = [len(b) for b in params.breakers if tuple(tokens[at : at + len(b)]) == b]
+        runs = [(head, *tail) for heads, tail in params.breakers for head in heads]
+        matches = [len(run) for run in runs if tuple(tokens[at : at + len(run)]) == run]
         if matches:
             reach = after + 1 - max(matches)
             break
@@ -135,11 +137,17 @@ few = st.integers(0, 3)
         base=st.sampled_from([1.0, 1.75]),
         allowed_length=st.integers(1, 4),
         last_n=st.none() | st.integers(1, 30),
-        breakers=st.lists(st.lists(few, min_size=1, max_size=3).map(tuple), max_size=2).map(tuple),
+        breakers=st.lists(
+            st.tuples(
+                st.lists(few, min_size=1, max_size=2, unique=True).map(tuple), st.lists(few, max_size=2).map(tuple)
+            ),
+            max_size=2,
+        ).map(tuple),
     ),
 )
 def test_dry_is_its_definition(tokens: list[int], params: DryParams) -> None:
-    assert dry_penalties(tokens, params) == pytest.approx(naive_dry(tokens, params))
+    breakers = make_breakers(params.breakers, vocab_size=4)
+    assert dry_penalties(tokens, params, breakers.tokens_since) == pytest.approx(naive_dry(tokens, params))
 
 
 def test_dry_takes_its_penalty_off_the_logits_and_never_overflows() -> None:

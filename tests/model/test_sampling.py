@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from model.dry import DryParams
+from model.request_tables import make_tables
 from model.sampling import sample, token_logprobs
 from model.sampling_params import SamplingParams
 from model.sampling_row import SamplingRow
@@ -31,9 +32,8 @@ def row(
     uniform: float = 0.0, prompt: list[int] | None = None, output: list[int] | None = None, **params: Any
 ) -> SamplingRow:
     return SamplingRow(
-        params=SamplingParams(**{"seed": 0, **params}),
+        tables=make_tables(SamplingParams(**{"seed": 0, **params}), VOCAB, (EOS, OTHER_END)),
         uniform=uniform,
-        eos_token_ids=(EOS, OTHER_END),
         prompt=torch.tensor(prompt or [], dtype=torch.int64),
         output=torch.tensor(output or [], dtype=torch.int64),
         coin=0.0,

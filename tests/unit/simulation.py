@@ -34,9 +34,9 @@ def fingerprint(before: int, token: int) -> int:
     return (before * 1_000_003 + token + 1) % MODULUS
 
 
-def next_token(context: int, params: SamplingParams) -> int:
+def next_token(context: int, params: SamplingParams, choice: int) -> int:
     """The network and its sampler: what follows tokens whose fingerprint is `context`."""
-    return fingerprint(context, params.seed * 131 + params.choice) % 10_007 % VOCABULARY
+    return fingerprint(context, params.seed * 131 + choice) % 10_007 % VOCABULARY
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Row:
     tokens: list[int]
     prompt_length: int
     params: SamplingParams
+    choice: int
     past: list[int]  # past[p]: the fingerprint of tokens[:p], the salt before them
     blocks: list[int] = field(default_factory=list)
 
@@ -85,7 +86,7 @@ class FakeRunner:
                 drafted[chunk.id] = self._guess(chunk, row)
                 right = 0 if drafted[chunk.id] == 0 else self.guessing.randint(0, drafted[chunk.id])
                 for _ in range(1 + right):
-                    token = next_token(row.past[-1], row.params)
+                    token = next_token(row.past[-1], row.params, row.choice)
                     row.append(token)
                     sampled.append(SampledToken(chunk.id, token))
                 self._keep(row, right)
@@ -104,7 +105,7 @@ class FakeRunner:
             self.cache[row.blocks[position // self.block_size]][position % self.block_size] = row.past[position + 1]
 
     def _row(self, new: NewSequence) -> Row:
-        row = Row([], len(new.prompt), new.params, [int.from_bytes(self.salts[new.id], "big") + 7])
+        row = Row([], len(new.prompt), new.params, new.choice, [int.from_bytes(self.salts[new.id], "big") + 7])
         for token in [*new.prompt, *new.output]:
             row.append(token)
         return row
@@ -129,7 +130,7 @@ def alone(message: Add, max_model_len: int) -> tuple[list[int], FinishReason]:
     while True:
         if len(output) == params.max_tokens or len(message.prompt) + len(output) == max_model_len:
             return output, FinishReason.LENGTH
-        output.append(next_token(context, params))
+        output.append(next_token(context, params, message.choice))
         context = fingerprint(context, output[-1])
         if len(output) > params.min_tokens and (
             output[-1] in params.stop_token_ids or (output[-1] == EOS and not params.ignore_eos)

@@ -10,6 +10,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from model.byte_level import ByteLevelTokenizer
@@ -27,7 +28,6 @@ from server.errors import DeadlineExceeded, EngineError, Overloaded, WorkerKille
 from server.metrics import Metrics
 from server.worker.messages import (
     Abort,
-    Add,
     Load,
     Loaded,
     Ready,
@@ -36,6 +36,7 @@ from server.worker.messages import (
     SequenceOutput,
     Stats,
     Step,
+    Submit,
     ToWorker,
     Unload,
 )
@@ -75,7 +76,7 @@ class Worker:
 
     @property
     def added(self) -> list[int]:
-        return [message.id for message in self.told if isinstance(message, Add)]
+        return [each.id for message in self.told if isinstance(message, Submit) for each in message.samples]
 
     @property
     def aborted(self) -> list[int]:
@@ -141,6 +142,25 @@ async def test_a_refused_sequence_fails_its_request_alone() -> None:
     worker.says(worker.added[2])
     assert (await anext(good)).text == "A"
     await good.aclose()
+    engine.check()
+
+
+@engine_test
+async def test_what_the_samples_of_a_request_have_in_common_crosses_to_the_worker_once() -> None:
+    engine = make_engine()
+    worker = Worker(engine)
+    whole = tuple(range(257))
+    params = SamplingParams(seed=1, max_tokens=9, ignore_eos=True, allowed_token_ids=whole, stop_token_ids=whole)
+    prompts = [Prompt([1, 2], ""), Prompt([3], "")]
+    generation = engine.submit(GenerationRequest(id="cmpl-x", prompts=prompts, params=params, n=64, best_of=64))
+    (told,) = worker.told
+    assert isinstance(told, Submit)
+    assert told.prompts == [[1, 2], [3]]
+    assert [(each.prompt, each.choice) for each in told.samples] == [(p, k) for p in range(2) for k in range(64)]
+    assert len(msgspec.msgpack.encode(told)) < 8_192
+    shared = {id(add.params) for add in msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=Submit).adds()}
+    assert len(shared) == 1
+    await generation.aclose()
     engine.check()
 
 
@@ -295,7 +315,7 @@ async def test_a_model_beside_the_model_is_served_once_every_worker_has_it(adapt
     engine.worker_loaded(1, Loaded(load.key))
     variant = await adding
     generation, plain = ask(engine, variant=variant), ask(engine)
-    messages = [each for worker in workers for each in worker.told if isinstance(each, Add)]
+    messages = [each for worker in workers for each in worker.told if isinstance(each, Submit)]
     assert sorted((each.variant or "", bool(each.salt)) for each in messages) == [("", False), (load.key, True)]
     workers[0].dies()
     assert Worker(engine).told[0] == load  # before anything that needs it

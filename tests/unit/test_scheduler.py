@@ -71,7 +71,7 @@ def test_every_eos_is_a_token_like_any_other_where_ignored() -> None:
 
 
 def test_a_stop_token_ends_it() -> None:
-    assert generate([5, 6, 7], params(9, stop_token_ids=(8, 7))) == ([5, 6, 7], STOP, 7)
+    assert generate([5, 6, 7], params(9, stop_token_ids=(7, 8))) == ([5, 6, 7], STOP, 7)
 
 
 def test_eos_as_a_stop_token_ends_it_though_eos_is_ignored() -> None:
@@ -559,7 +559,7 @@ def test_a_prompt_scored_in_part_goes_on_from_there_at_the_latest(caching: bool,
 
 def test_n_samples_start_together_and_compute_their_prompt_once() -> None:
     sim = Simulation(budget=32)
-    first, *others = [sim.add(prompt(15), params(8, choice=k)) for k in range(5)]
+    first, *others = [sim.add(prompt(15), params(8), choice=k) for k in range(5)]
     assert counts(sim.schedule()) == {first: 15, **dict.fromkeys(others, 3)}
     assert sim.pool.num_used == 3 + 5
     sim.update()
@@ -568,7 +568,7 @@ def test_n_samples_start_together_and_compute_their_prompt_once() -> None:
 
 def test_n_samples_wait_for_a_prompt_that_takes_several_steps() -> None:
     sim = Simulation(budget=8)
-    ids = [sim.add(prompt(15), params(8, choice=k)) for k in range(3)]
+    ids = [sim.add(prompt(15), params(8), choice=k) for k in range(3)]
     plans = [(counts(sim.schedule()), sim.update())[0] for _ in range(3)]
     assert plans == [{ids[0]: 8}, {ids[0]: 7, ids[1]: 1}, {ids[0]: 1, ids[1]: 2, ids[2]: 3}]  # 12 found, 3 computed
 

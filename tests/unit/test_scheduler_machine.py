@@ -28,16 +28,16 @@ def family(sim: Simulation, random: Random, siblings: int) -> None:
         "seed": random.randrange(1000),
         "max_tokens": random.choice([0, 1, 5, 12, 30]) if scored else random.choice([1, 5, 12, 30, 30]),
         "min_tokens": random.choice([0, 0, 1, 4]),
-        "stop_token_ids": random.choice([(), (), (7,), (7, 3)]),
+        "stop_token_ids": random.choice([(), (), (7,), (3, 7)]),
         "ignore_eos": random.random() < 0.7,
         "prompt_logprobs": 1 if scored else None,
     }
     priority, salt = random.choice([0, 0, 0, 1, -1, 2, BACKGROUND]), random.choice([b"", b"", b"a"])
     for choice in range(siblings):
-        whole = Add(id=0, prompt=prompt, params=SamplingParams(choice=choice, **params), salt=salt)  # type: ignore[arg-type]
+        whole = Add(id=0, prompt=prompt, params=SamplingParams(**params), choice=choice, salt=salt)  # type: ignore[arg-type]
         output, _ = alone(whole, sim.scheduler.max_model_len)
         kept = random.randrange(len(output)) if output and not scored and random.random() < 0.1 else 0
-        sim.add(prompt, whole.params, output=output[:kept], priority=priority, salt=salt)
+        sim.add(prompt, whole.params, choice=choice, output=output[:kept], priority=priority, salt=salt)
 
 
 def new_simulation(random: Random) -> Simulation:

@@ -15,7 +15,19 @@ import msgspec
 import pytest
 
 from model.sampling_params import SamplingParams
-from server.worker.messages import Add, FromWorker, Ready, Received, Refused, Shutdown, Start, Starting, Step, ToWorker
+from server.worker.messages import (
+    FromWorker,
+    Ready,
+    Received,
+    Refused,
+    Sample,
+    Shutdown,
+    Start,
+    Starting,
+    Step,
+    Submit,
+    ToWorker,
+)
 
 
 @pytest.fixture
@@ -70,7 +82,8 @@ def test_a_sequence_that_can_never_run_is_refused_and_the_others_go_on(
 ) -> None:
     sock, process = worker
     params = SamplingParams(seed=1, max_tokens=3, ignore_eos=True)
-    tell(sock, Add(1, [5, 6], params), Add(2, [5] * 64, params), Add(3, [], params), Add(4, [7, 8], params))
+    prompts = [[5, 6], [5] * 64, [], [7, 8]]
+    tell(sock, Submit(params, prompts, [Sample(place + 1, place) for place in range(4)]))
     outputs: dict[int, int] = {}
     refused = []
     while len(outputs) < 2 or min(outputs.values()) < 3:
@@ -83,11 +96,11 @@ def test_a_sequence_that_can_never_run_is_refused_and_the_others_go_on(
                 outputs[said.id] = outputs.get(said.id, 0) + (said.token is not None)
     assert refused == [2, 3]
     assert outputs == {1: 3, 4: 3}
-    assert message.received == 5  # Start and four Adds
+    assert message.received == 2  # Start and Submit
     for number in (signal.SIGINT, signal.SIGTERM):  # to end is for the api process to say
         os.kill(process.pid, number)
-    tell(sock, Add(5, [9], params))
-    assert hear(sock) == Received(6)  # before it works on it
+    tell(sock, Submit(params, [[9]], [Sample(5, 0)]))
+    assert hear(sock) == Received(3)  # before it works on it
     assert isinstance(hear(sock), Step)
     tell(sock, Shutdown())
 

@@ -17,6 +17,7 @@ from model.dry import DryParams
 from model.gpu import cuda, ops, sampling
 from model.gpu.sampling import Sampler, on_device
 from model.picking import pick
+from model.request_tables import make_tables
 from model.sampling_params import SamplingParams
 from model.sampling_row import SamplingRow
 
@@ -49,15 +50,8 @@ def draws() -> st.SearchStrategy[Draw]:
 
 def row_of(draw: Draw) -> SamplingRow:
     nothing = torch.zeros(0, dtype=torch.int64)
-    return SamplingRow(
-        params=draw.params,
-        uniform=draw.uniform,
-        eos_token_ids=(0,),
-        prompt=nothing,
-        output=nothing,
-        coin=0.0,
-        allowed=None,
-    )
+    tables = make_tables(draw.params, VOCAB, (0,))
+    return SamplingRow(tables=tables, uniform=draw.uniform, prompt=nothing, output=nothing, coin=0.0, allowed=None)
 
 
 def refine(logits: Tensor, rows: list[Draw]) -> list[int]:
@@ -132,7 +126,7 @@ def test_what_needs_more_than_numbers_is_left_to_others(fields: dict[str, Any]) 
 
 def test_every_sampling_field_is_either_decided_here_or_known_not_to_matter() -> None:
     """A field that is new to SamplingParams must be thought about here."""
-    decided = {"seed", "choice", "temperature", "top_k", "top_p", "min_p"}
+    decided = {"seed", "temperature", "top_k", "top_p", "min_p"}
     elsewhere = {"max_tokens", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "pooled"}
     refused = {
         "min_tokens", "typical_p", "xtc_probability", "xtc_threshold", "presence_penalty", "frequency_penalty",

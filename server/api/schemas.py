@@ -154,7 +154,7 @@ class CompletionBody(Wire):
         default=None, description="the whole answer matches it; Rust syntax, no look-around, \\d \\w \\s are ASCII"
     )
     guided_choice: Choices = Field(default=None, description="the answer is one of them")
-    guided_grammar: Text = Field(default=None, description="Lark (llguidance's dialect) or GBNF")
+    guided_grammar: Text = Field(default=None, description="Lark (llguidance's dialect) or llama.cpp's GBNF")
     guided_whitespace_pattern: str | None = Field(
         default=None, min_length=1, max_length=256, description="what may stand between the tokens of JSON, as a regex"
     )

@@ -19,18 +19,22 @@ from typing import Any
 
 import msgspec
 from llguidance import LLMatcher, regex_to_lark
-from llguidance.gbnf_to_lark import any_to_lark
 
 from model.errors import GrammarError
 from model.grammar import Vocabulary
 from model.tokenizer import read_tokenizer
 from server import logs
+from server.engine.gbnf import is_gbnf
+from server.engine.gbnf_lark import gbnf_to_lark
 from server.engine.grammars import READY, GrammarKind, GrammarSource, Verdict
 
 CPU_SECONDS = 0.3  # a worker will spend as much on it, once
 SECONDS = 0.5  # by the clock: a client has its 400 within a second
 MEMORY_MAX = 1 << 30
 SHOWN = 200  # characters of the compiler's own words
+# A client's Lark may have a lexeme that takes what was to follow it and has to go on for ever, and the library follows
+# what is forced to its end before it answers. Behind the client's text, so that places in it stay right.
+NOT_FORCED = '\n%llguidance {"no_forcing": true}\n'
 TOO_EXPENSIVE = "compiling it takes too much time or memory"
 
 
@@ -45,7 +49,8 @@ def to_grammar(source: GrammarSource) -> str:
             words = "|".join(map(_literal, json.loads(source.text)))
             return LLMatcher.grammar_from_lark(f"start: /{words}/")
         case GrammarKind.GRAMMAR:
-            return LLMatcher.grammar_from_lark(any_to_lark(source.text))
+            lark = gbnf_to_lark(source.text) if is_gbnf(source.text) else source.text + NOT_FORCED
+            return LLMatcher.grammar_from_lark(lark)
 
 
 def _json_options(source: GrammarSource) -> Any:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import read_json
-from model.errors import AdapterError, ConfigError
+from model.errors import AdapterError
+from model.files import CONFIG_BYTES, is_file, read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -77,15 +77,12 @@ def _means(target: str, site: str) -> bool:
 
 
 def is_adapter(directory: Path) -> bool:
-    return (directory / CONFIG_FILE).is_file()
+    return is_file(directory / CONFIG_FILE)
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
     """Without its targets. Raises AdapterError: it is no LoRA, or asks for what is not understood here."""
-    try:
-        raw = read_json(directory / CONFIG_FILE)
-    except ConfigError as error:
-        raise AdapterError(str(error)) from None
+    raw = read_object(directory / CONFIG_FILE, CONFIG_BYTES, AdapterError)
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"{CONFIG_FILE} describes no LoRA adapter, but a {str(kind)[:40]} one")

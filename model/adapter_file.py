@@ -16,7 +16,8 @@ from model.adapter_config import SITES, WEIGHTS_FILE, AdapterConfig, read_adapte
 from model.adapters import LowRank, Site
 from model.config import ModelConfig
 from model.errors import AdapterError
-from model.weights import expected_shapes
+from model.files import ADAPTER_BYTES, check_safetensors
+from model.weights import FLOATS, expected_shapes
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<part>[AB])(?:\.default)?\.(?P<kind>weight|bias)"
@@ -98,14 +99,15 @@ def check_pairs(tensors: AdapterTensors, config: ModelConfig) -> None:
 
 def _stored(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """Each tensor by its name in the file, in fp32."""
+    check_safetensors(directory / WEIGHTS_FILE, ADAPTER_BYTES, AdapterError)
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 tensor = file.get_tensor(name)
-                if not tensor.is_floating_point():
-                    raise AdapterError(f"the adapter's {name[:80]} is not floating point")
+                if tensor.dtype not in FLOATS:
+                    raise AdapterError(f"the adapter's {name[:80]!r} is not floating point")
                 if not math.isfinite(float(tensor.sum(dtype=torch.float64))):
-                    raise AdapterError(f"the adapter's {name[:80]} holds NaN or infinity")
+                    raise AdapterError(f"the adapter's {name[:80]!r} holds NaN or infinity")
                 yield name, tensor.float()
     except SafetensorError as error:
         raise AdapterError(f"{WEIGHTS_FILE} is damaged or no safetensors file") from error
@@ -123,7 +125,7 @@ def _module(stored: str, match: re.Match[str], config: ModelConfig) -> str:
     site = _site(module)
     known = site[0] < config.n_layer if site is not None else module in (*EMBEDDINGS, HEAD)
     if not known or (match["embedding"] is not None and module not in EMBEDDINGS):
-        raise AdapterError(f"the adapter has {stored[:80]}, which is of no module of the model")
+        raise AdapterError(f"the adapter has {stored[:80]!r}, which is of no module of the model")
     return module
 
 
@@ -143,7 +145,7 @@ def _whole(stored: str, name: str, tensor: Tensor, whole: dict[str, Tensor], con
     shape = tuple(tensor.shape)
     of_tokens = name in ("wte.weight", f"{HEAD}.weight")
     if name not in shapes or (shape[1:] if of_tokens else shape) != (shapes[name][1:] if of_tokens else shapes[name]):
-        raise AdapterError(f"the adapter has {stored[:80]}, which does not fit the model")
+        raise AdapterError(f"the adapter has {stored[:80]!r}, which does not fit the model")
     whole[name] = tensor
 
 

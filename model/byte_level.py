@@ -6,7 +6,6 @@ Knows nothing of streams or of text offsets: it turns text into ids, and ids int
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from io import StringIO
@@ -15,12 +14,12 @@ from typing import Any
 
 import tiktoken
 
+from model import files
 from model.errors import TokenizerError
 
 # GPT-2's pre-tokenizer (Radford et al. 2019), with possessive quantifiers so that no text backtracks.
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = "<|endoftext|>"
-FILE_BYTES_MAX = 64 << 20
 _utf8 = codecs.getincrementaldecoder("utf-8")
 
 
@@ -119,11 +118,11 @@ def name_of(raw: bytes) -> str:
 
 def read_byte_level(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> ByteLevelTokenizer:
     """From vocab.json + merges.txt, or tokenizer.json. Raises TokenizerError."""
-    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+    if files.is_file(directory / "vocab.json") and files.is_file(directory / "merges.txt"):
         vocab = read_json(directory / "vocab.json")
         merges: Iterable[tuple[str, str]] = _read_merges(directory / "merges.txt")
         special = {token: id_ for token, id_ in vocab.items() if id_ in eos_token_ids}
-    elif (directory / "tokenizer.json").is_file():
+    elif files.is_file(directory / "tokenizer.json"):
         vocab, merges, special = _read_tokenizer_json(directory / "tokenizer.json")
     else:
         raise TokenizerError("the checkpoint has neither vocab.json and merges.txt nor tokenizer.json")
@@ -166,21 +165,11 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > FILE_BYTES_MAX:
-            raise TokenizerError(f"{path.name} is larger than {FILE_BYTES_MAX} bytes")
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise TokenizerError(f"cannot read {path.name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path.name} is not UTF-8") from error
+    return files.read_text(path, files.VOCABULARY_BYTES, TokenizerError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path.name} is not JSON") from error
+    value = files.read_json(path, files.VOCABULARY_BYTES, TokenizerError)
     if not isinstance(value, dict) or (path.name == "vocab.json" and not _is_vocab(value)):
         raise TokenizerError(f"{path.name} does not hold a vocabulary")
     return value
@@ -190,7 +179,7 @@ def _is_vocab(value: object) -> bool:
     return (
         isinstance(value, dict)
         and len(value) > 256
-        and all(isinstance(id_, int) and id_ >= 0 for id_ in value.values())
+        and all(type(id_) is int and id_ >= 0 for id_ in value.values())  # a boolean is no id
         and len(set(value.values())) == len(value)
     )
 
@@ -215,9 +204,16 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, st
         model = raw["model"]
         vocab = model["vocab"]
         merges = [_pair(pair) if isinstance(pair, str) else (pair[0], pair[1]) for pair in model["merges"]]
-        special = {added["content"]: added["id"] for added in raw.get("added_tokens", []) if added.get("special")}
-    except (KeyError, TypeError, IndexError) as error:
+        added = [(each["content"], each["id"]) for each in raw.get("added_tokens", []) if each["special"]]
+        kind = model.get("type", "BPE")
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise TokenizerError("tokenizer.json is not a BPE tokenizer") from error
-    if model.get("type", "BPE") != "BPE" or not _is_vocab(vocab):
+    texts = [text for pair in merges for text in pair] + [content for content, _ in added]
+    ids = [id_ for _, id_ in added]
+    if kind != "BPE" or not _is_vocab(vocab) or not all(isinstance(text, str) and text for text in texts):
         raise TokenizerError("tokenizer.json is not a BPE tokenizer")
+    special = dict(added)
+    taken = {id_ for token, id_ in vocab.items() if token not in special}
+    if not all(type(id_) is int and id_ >= 0 and id_ not in taken for id_ in ids) or len(set(ids)) < len(ids):
+        raise TokenizerError("tokenizer.json: an added token has no id of its own")
     return vocab, merges, special

@@ -5,15 +5,23 @@ The file is data: known keys are read, the rest is ignored, and nothing in it is
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from model.errors import ConfigError
+from model.files import CONFIG_BYTES, VOCABULARY_BYTES, is_file, read_object, read_text
 
-CONFIG_BYTES_MAX = 1 << 20
+MOST = {  # what a shape may be; the largest GPT-2s have 48 layers of width 1600
+    "n_layer": 1024,
+    "n_head": 1024,
+    "n_embd": 1 << 16,
+    "n_positions": 1 << 20,
+    "n_ctx": 1 << 20,
+    "vocab_size": 1 << 21,
+    "n_inner": 1 << 18,
+}
 
 
 class Activation(Enum):
@@ -76,12 +84,12 @@ class ModelConfig:
 
 def read_config(directory: Path) -> ModelConfig:
     """Raises ConfigError: no file, no JSON, another architecture, or a shape that cannot be."""
-    config = parse_config(read_json(directory / "config.json"))
-    if (directory / "generation_config.json").is_file():
-        generation = read_json(directory / "generation_config.json")
+    config = parse_config(read_object(directory / "config.json", CONFIG_BYTES, ConfigError))
+    if is_file(directory / "generation_config.json"):
+        generation = read_object(directory / "generation_config.json", CONFIG_BYTES, ConfigError)
         ends = _eos_token_ids(generation, "generation_config.json", config.vocab_size)
         config = replace(config, eos_token_ids=ends or config.eos_token_ids)
-    if not config.eos_token_ids and (directory / "vocab.txt").is_file():
+    if not config.eos_token_ids and is_file(directory / "vocab.txt"):
         end = _end_of_bert(directory / "vocab.txt")  # Chinese GPT-2s name none, or GPT-2's own
         config = replace(config, eos_token_ids=() if end is None else (end,))
     return config
@@ -89,26 +97,8 @@ def read_config(directory: Path) -> ModelConfig:
 
 def _end_of_bert(path: Path) -> int | None:
     """[SEP], which ends a document where BERT's tokenizer is used."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise ConfigError(f"cannot read {path.name}") from None
+    lines = read_text(path, VOCABULARY_BYTES, ConfigError).split("\n")
     return lines.index("[SEP]") if "[SEP]" in lines else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object from a checkpoint. Raises ConfigError naming the file, never its path."""
-    try:
-        if path.stat().st_size > CONFIG_BYTES_MAX:
-            raise ConfigError(f"{path.name} is larger than {CONFIG_BYTES_MAX} bytes")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path.name}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path.name} is not JSON") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path.name} is not a JSON object")
-    return value
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
@@ -165,8 +155,10 @@ def _positive_int(raw: dict[str, Any], key: str, default: int | None = None) -> 
     value = raw.get(key)
     if value is None and default is not None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 24:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ConfigError(f"config.json: {key} must be a positive integer")
+    if value > MOST[key]:
+        raise ConfigError(f"config.json: {key} is more than this server takes, {MOST[key]}")
     return value
 
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from model import files
 from model.byte_level import read_json
 from model.errors import TokenizerError
 
+UNKNOWN = " \U0010fffd"  # a character of private use, which no vocabulary has
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 Encode = Callable[[str], list[int]]
@@ -103,7 +105,7 @@ def read_options(directory: Path) -> dict[str, Any]:
     """tokenizer_config.json over special_tokens_map.json, where they exist; tokens as texts. Raises TokenizerError."""
     options: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
+        if files.is_file(directory / name):
             options |= read_json(directory / name)
     for name in NAMES:
         if isinstance(options.get(name), dict):
@@ -116,17 +118,25 @@ def names_in(options: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, st
     return {name: options[name] for name in NAMES if isinstance(options.get(name), str) and options[name] in ids}
 
 
-def from_json(directory: Path) -> tuple[list[str], Encode, dict[str, int]]:
+def from_json(directory: Path, vocab_size: int) -> tuple[list[str], Encode, dict[str, int]]:
     """A tokenizer.json's pieces, its way to encode text without special tokens, and these. Raises TokenizerError."""
     tokenizers = library("tokenizers")
+    raw = files.read_bytes(directory / "tokenizer.json", files.VOCABULARY_BYTES, TokenizerError)
     try:
-        whole = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        whole = tokenizers.Tokenizer.from_buffer(raw)
     except Exception as error:  # the library raises nothing narrower
         raise TokenizerError("tokenizer.json is not a tokenizer") from error
     whole.encode_special_tokens = True
     whole.no_truncation()
     whole.no_padding()
+    try:
+        whole.encode(UNKNOWN, add_special_tokens=False)
+    except Exception as error:
+        raise TokenizerError("tokenizer.json has no token for what it does not know") from error
     vocab = whole.get_vocab(with_added_tokens=True)
+    largest = max(vocab.values(), default=-1)
+    if largest >= vocab_size:
+        raise TokenizerError(f"the vocabulary has token {largest}, the model's {vocab_size} embeddings do not")
     special = {added.content: id_ for id_, added in whole.get_added_tokens_decoder().items() if added.special}
     return in_order(vocab), lambda text: list(whole.encode(text, add_special_tokens=False).ids), special
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from model.byte_level import END_OF_TEXT, read_byte_level, read_json
 from model.errors import TokenizerError
+from model.files import is_file
 from model.unigram import SPIECE_NAMES, read_spiece, unigram_from_json
 from model.wordpiece import read_wordpiece, wordpiece_from_json
 
@@ -72,14 +73,14 @@ class Tokenizer(Protocol):
 
 def read_tokenizer(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> Tokenizer:
     """By the files that are there. Raises TokenizerError: none, one that contradicts the model, no library for it."""
-    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+    if is_file(directory / "vocab.json") and is_file(directory / "merges.txt"):
         return read_byte_level(directory, vocab_size, eos_token_ids)
-    if (directory / "tokenizer.json").is_file():
+    if is_file(directory / "tokenizer.json"):
         return _from_json(directory, vocab_size, eos_token_ids)
-    if (directory / "vocab.txt").is_file():
+    if is_file(directory / "vocab.txt"):
         return read_wordpiece(directory, vocab_size, eos_token_ids)
     for name in SPIECE_NAMES:
-        if (directory / name).is_file():
+        if is_file(directory / name):
             return read_spiece(directory / name, vocab_size, eos_token_ids)
     raise TokenizerError(
         "the checkpoint has neither vocab.json and merges.txt nor tokenizer.json, vocab.txt or spiece.model"

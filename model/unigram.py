@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.byte_level import FILE_BYTES_MAX
 from model.errors import TokenizerError
+from model.files import VOCABULARY_BYTES, read_bytes
 from model.pieces import Encode, PieceTokenizer, from_json, library, names_in, read_options
 
 SPIECE_NAMES = ("spiece.model", "tokenizer.model", "sentencepiece.model")
@@ -81,9 +81,7 @@ class UnigramDecoder:
 def read_spiece(path: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> UnigramTokenizer:
     """Raises TokenizerError."""
     sentencepiece = library("sentencepiece")
-    if path.stat().st_size > FILE_BYTES_MAX:
-        raise TokenizerError(f"{path.name} is larger than {FILE_BYTES_MAX} bytes")
-    raw = path.read_bytes()
+    raw = read_bytes(path, VOCABULARY_BYTES, TokenizerError)
     if not raw:  # which the library takes for no model at all
         raise TokenizerError(f"{path.name} is empty")
     try:
@@ -107,7 +105,7 @@ def _encoder(encode: Encode, *, lower: bool) -> Encode:
 
 def unigram_from_json(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> UnigramTokenizer:
     """From tokenizer.json. Raises TokenizerError."""
-    pieces, encode, special = from_json(directory)
+    pieces, encode, special = from_json(directory, vocab_size)
     options = read_options(directory)
     names = names_in(options, {piece: id_ for id_, piece in enumerate(pieces)})
     lower = options.get("do_lower_case") is True

@@ -6,6 +6,7 @@ Nothing here can execute: pickled checkpoints are refused by name and by content
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,13 +14,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.config import ModelConfig, read_json
-from model.errors import ConfigError, WeightsError
+from model.config import ModelConfig
+from model.errors import WeightsError
+from model.files import CONFIG_BYTES, WEIGHTS_BYTES, check_safetensors, read_object
 
 Progress = Callable[[float], None]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONVERT = (
     "python -c \"import transformers; m = transformers.GPT2LMHeadModel.from_pretrained('DIR'); "
     "m.save_pretrained('NEW_DIR', safe_serialization=True)\""
@@ -86,17 +90,15 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _shards(directory: Path) -> list[Path]:
-    try:
-        weight_map = read_json(directory / INDEX_FILE).get("weight_map")
-    except ConfigError as error:
-        raise WeightsError(str(error)) from error
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    weight_map = read_object(directory / INDEX_FILE, CONFIG_BYTES, WeightsError).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
         raise WeightsError(f"{INDEX_FILE} does not name files of the checkpoint")
-    return [directory / name for name in sorted(names)]
+    return [directory / name for name in sorted(set(names))]
 
 
 def _tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    check_safetensors(path, WEIGHTS_BYTES, WeightsError)
     try:
         with safe_open(path, framework="pt") as file:
             for stored in file.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -112,7 +114,7 @@ def _tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[s
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise WeightsError(f"{name} has shape {tuple(tensor.shape)}, config.json asks for {shape}")
-    if not tensor.is_floating_point():
+    if tensor.dtype not in FLOATS:
         raise WeightsError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not floating point")
     # One pass, no copy: the sum of a tensor with a NaN or an infinity is not finite (float64 cannot overflow here).
     if not math.isfinite(tensor.sum(dtype=torch.float64).item()):

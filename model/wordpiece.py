@@ -99,7 +99,7 @@ def read_wordpiece(directory: Path, vocab_size: int, eos_token_ids: Sequence[int
     whole = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token=names["unk_token"]))
     whole.normalizer = tokenizers.normalizers.BertNormalizer(
         lowercase=bool(options.get("do_lower_case", True)),
-        strip_accents=options.get("strip_accents"),
+        strip_accents=accents if isinstance(accents := options.get("strip_accents"), bool) else None,
         handle_chinese_chars=bool(options.get("tokenize_chinese_chars", True)),
     )
     whole.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -117,6 +117,6 @@ def read_wordpiece(directory: Path, vocab_size: int, eos_token_ids: Sequence[int
 
 def wordpiece_from_json(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> WordPieceTokenizer:
     """From tokenizer.json. Raises TokenizerError."""
-    pieces, encode, special = from_json(directory)
+    pieces, encode, special = from_json(directory, vocab_size)
     names = names_in({**ROLES, **read_options(directory)}, {piece: id_ for id_, piece in enumerate(pieces)})
     return WordPieceTokenizer(pieces, encode, special, names, vocab_size, eos_token_ids)

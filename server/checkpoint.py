@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub as hub  # what is in it is imported where it is asked for: 10 MB that a directory does without
 
 import model
+from model.adapter_config import is_adapter, read_adapter_config
 from model.errors import ModelError
 
 EMBEDDED = Path(model.__file__).parent / "default"
@@ -32,10 +35,20 @@ def find_checkpoint(model_argument: str | None, revision: str | None) -> Checkpo
         return Checkpoint(EMBEDDED, EMBEDDED_NAME, None)
     directory = Path(model_argument).expanduser()
     if directory.is_dir():
+        if is_adapter(directory) and not os.path.lexists(directory / "config.json"):
+            raise ModelError(_served_beside(model_argument, directory))
         return Checkpoint(directory.resolve(), directory.resolve().name, None)
     if directory.exists() or model_argument.count("/") > 1 or model_argument.startswith((".", "~")):
         raise ModelError(f"{model_argument!r} is no directory")
     return _from_hub(model_argument, revision)
+
+
+def _served_beside(argument: str, directory: Path) -> str:
+    base = read_adapter_config(directory).base or "ITS_MODEL"
+    return (
+        f"{argument!r} is a LoRA adapter and no model; serve its model with the adapter beside it: "
+        f"gpt2-server serve {shlex.quote(base)} --lora-modules {shlex.quote(f'{directory.resolve().name}={argument}')}"
+    )
 
 
 def _from_hub(repo: str, revision: str | None) -> Checkpoint:

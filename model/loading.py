@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from model.kernels.ops import KernelOps
 from model.memory import give_back
 from model.ops import Ops, TorchOps
 from model.weights import Progress, read_weights
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,7 +76,9 @@ def choose_ops(
     except KernelsUnavailableError as error:
         if kernels != "auto":
             raise DeviceError(f"C kernels at level {kernels}: {error}") from error
-        return _without_kernels(device, storage, str(error))
+        ops = _without_kernels(device, storage, str(error))
+        log.warning("PyTorch computes, at less than half the speed of the C kernels", extra={"reason": str(error)})
+        return ops
 
 
 def _without_kernels(device: torch.device, storage: Storage, reason: str) -> Ops:

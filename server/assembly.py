@@ -20,6 +20,7 @@ from fastapi import FastAPI
 
 from model.config import ModelConfig, read_config
 from model.errors import ConfigError, ModelError
+from model.files import CONFIG_BYTES, is_file, read_bytes
 from model.tokenizer import Tokenizer, read_tokenizer
 from server import __version__
 from server.api.chat_template import ChatTemplate, read_chat_template
@@ -221,8 +222,10 @@ def _variants(modules: list[str], served: ServedModel, config: ModelConfig) -> V
     for module in modules:
         name, separator, path = module.partition("=")
         directory = Path(path).expanduser()
-        if not separator or not name or not directory.is_dir():
+        if not separator or not name or not path:
             raise SettingsError(f"lora_modules: {module!r} is not name=directory")
+        if not directory.is_dir():
+            raise SettingsError(f"lora_modules: {name!r}: {path!r} is no directory")
         if name in served.names:
             raise SettingsError(f"lora_modules: {name!r} is a name of the model itself")
         try:
@@ -235,10 +238,10 @@ def _variants(modules: list[str], served: ServedModel, config: ModelConfig) -> V
 def _fingerprint(checkpoint: Checkpoint, formats: str) -> str:
     """The same for the same files, number formats and version: weights by size and time, which a start can afford."""
     digest = hashlib.sha256(f"{__version__} {formats}".encode())
-    for path in sorted(checkpoint.directory.glob("*.safetensors")):
+    for path in filter(is_file, sorted(checkpoint.directory.glob("*.safetensors"))):
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    digest.update((checkpoint.directory / "config.json").read_bytes())
+    digest.update(read_bytes(checkpoint.directory / "config.json", CONFIG_BYTES, ConfigError))
     return f"gpt2-server-{__version__}-{digest.hexdigest()[:8]}"
 
 

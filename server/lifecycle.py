@@ -28,6 +28,7 @@ from server.worker.messages import Ready, Starting
 
 log = logging.getLogger(__name__)
 
+ONE_WISH = 0.1  # seconds within which two signals are one: a process group and its leader may both be told
 LAG_PERIOD = 0.25  # seconds between looks at how late the event loop is
 
 
@@ -39,6 +40,23 @@ class Announcer(Protocol):
         ...
 
     def ready(self, ready: Ready) -> None: ...
+
+
+class StopSignal:
+    """SIGTERM or SIGINT: the first asks to drain, one that comes later to end at once."""
+
+    def __init__(self) -> None:
+        self.came = asyncio.Event()
+        self._at = 0.0
+
+    def receive(self) -> None:
+        now = time.monotonic()
+        if not self.came.is_set():
+            self._at = now
+            self.came.set()
+        elif now - self._at >= ONE_WISH:
+            log.warning("second signal: ending at once")
+            os._exit(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +74,21 @@ class Service:
         """Until a signal, or until a worker cannot be kept running. Returns the exit status."""
         gc.collect()
         gc.freeze()  # what was loaded stays: the collector need not walk it whenever a large request is read
-        stop = asyncio.Event()
+        stop = StopSignal()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, stop)
+            loop.add_signal_handler(number, stop.receive)
         if self.reload is not None:
             loop.add_signal_handler(signal.SIGHUP, self.reload)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # one that came while it started is heard now
         workers = self.backend.start()
         http = asyncio.create_task(self.http.serve(sockets=[self.listener]))
         announcing = asyncio.create_task(self._announce(announcer))
         watching = asyncio.create_task(self._watch_lag())
-        stopped = asyncio.create_task(stop.wait())
+        stopped = asyncio.create_task(stop.came.wait())
         try:
             await asyncio.wait({*workers, stopped, http}, return_when=asyncio.FIRST_COMPLETED)
-            if stop.is_set():
+            if stop.came.is_set():
                 await self._drain()
             else:
                 self.backend.engine.fail_all(EngineError("The engine has stopped and cannot answer this request."))
@@ -82,12 +101,6 @@ class Service:
                 self.http.should_exit = True
                 await http
         return status
-
-    def _on_signal(self, stop: asyncio.Event) -> None:
-        if stop.is_set():
-            log.warning("second signal: ending at once")
-            os._exit(1)
-        stop.set()
 
     async def _announce(self, announcer: Announcer) -> None:
         while not self.backend.engine.ready:
@@ -118,7 +131,7 @@ class Service:
 
 
 def build(settings: Settings) -> Service:
-    """Raises ModelError where the model cannot be served, and OSError where the address cannot be bound."""
+    """Raises ModelError where the model cannot be served, and SettingsError where the address cannot be bound."""
     backend = assemble(settings)
     keys = backend.keys
     return Service(
@@ -153,9 +166,13 @@ def _reload(settings: Settings, keyring: Keyring) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Bound before anything is loaded, so that a taken port is said at once."""
+    """Bound before anything is loaded, so that a taken port is said at once. Raises SettingsError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no name of a host"
+        raise SettingsError(f"cannot listen on {host}:{port}: {reason}") from None
     listener.setblocking(False)
     # Connections inherit it. asyncio sets it only where a socket was made with IPPROTO_TCP, which this one was not, and
     # without it an answer's second write waits for the client to acknowledge the first: 40 ms.

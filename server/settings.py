@@ -6,15 +6,16 @@ Order of precedence: command line, environment (`GPT2_SERVER_*`), `--config` fil
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.errors import SettingsError
 
@@ -22,6 +23,11 @@ ENV_PREFIX = "GPT2_SERVER_"
 RETIRED_MODELS = (
     "text-davinci-002", "text-davinci-003", "davinci", "curie", "babbage", "ada", "gpt-3.5-turbo-instruct",
 )  # fmt: skip
+# What Kubernetes and Docker set for a Service or a link called gpt2-server, or gpt2-server-anything:
+# https://kubernetes.io/docs/tutorials/services/connect-applications-service/#environment-variables
+SERVICE_LINK = re.compile(
+    r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT=\w+://.*|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*)", re.DOTALL
+)
 OpenPath = Literal["/metrics", "/openapi.json", "/version", "/ping", "/load", "/v1/models"]
 
 
@@ -34,8 +40,8 @@ def _rare(text: str, default: Any, **limits: Any) -> Any:
     return Field(default, description=text, **limits)
 
 
-class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=())
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     # Model
     model: str | None = Field(
@@ -227,17 +233,10 @@ def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
 
 def read_settings(arguments: argparse.Namespace) -> Settings:
     """Raises SettingsError."""
-    unknown = [
-        name for name in os.environ if name.startswith(ENV_PREFIX) and _field_name(name) not in Settings.model_fields
-    ]
-    if unknown:
-        raise SettingsError(f"environment variable {min(unknown)} is no setting of this server")
     given = {name: value for name, value in vars(arguments).items() if name in Settings.model_fields}
     given = {name: value for name, value in given.items() if value is not None}
     try:
-        # pydantic-settings puts the environment below what it is given, and the file has to go below the environment.
-        environment = Settings().model_dump(exclude_unset=True)
-        settings = Settings(**{**_read_file(arguments.config), **environment, **given})
+        settings = Settings(**{**_read_file(arguments.config), **_environment(given.keys()), **given})
     except ValidationError as error:
         raise SettingsError(_explain(error)) from None
     for secret in ("API_KEY", "DATABASE_URL"):  # no process that is started from here needs them
@@ -245,8 +244,30 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     return settings
 
 
-def _field_name(variable: str) -> str:
-    return variable.removeprefix(ENV_PREFIX).lower()
+def _environment(overruled: Set[str]) -> dict[str, Any]:
+    """What the variables say, without those that a flag overrules. One that is empty is not set.
+
+    Raises SettingsError for one that is no setting.
+    """
+    found: dict[str, Any] = {}
+    for variable, text in sorted(os.environ.items()):
+        bare = variable.removeprefix(ENV_PREFIX)
+        if bare == variable or not text or SERVICE_LINK.fullmatch(f"{bare}={text}"):
+            continue
+        name = bare.lower()
+        if name not in Settings.model_fields:
+            raise SettingsError(f"environment variable {variable} is no setting of this server")
+        if name not in overruled:
+            found[name] = _words(text) if isinstance(Settings.model_fields[name].default, list) else text
+    return found
+
+
+def _words(text: str) -> Any:
+    """A list in a variable: JSON, or words between commas."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return [word for each in text.split(",") if (word := each.strip())]
 
 
 def _read_file(path: str | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from model.chat_template import ChatTemplate as Template
 from model.errors import TemplateRefused
+from model.files import read_text
 from server.errors import InvalidRequest, SettingsError
 
 FILE_BYTES_MAX = 1 << 20
@@ -32,12 +33,5 @@ class ChatTemplate:
 
 def read_chat_template(path: Path, *, bos_token: str, eos_token: str) -> ChatTemplate:
     """Raises SettingsError."""
-    try:
-        if path.stat().st_size > FILE_BYTES_MAX:
-            raise SettingsError(f"the chat template is larger than {FILE_BYTES_MAX} bytes")
-        source = path.read_text("utf-8")
-    except OSError as error:
-        raise SettingsError(f"cannot read the chat template: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise SettingsError("the chat template is not UTF-8") from None
+    source = read_text(path, FILE_BYTES_MAX, lambda why: SettingsError(f"the chat template cannot be used: {why}"))
     return ChatTemplate(source, bos_token=bos_token, eos_token=eos_token)

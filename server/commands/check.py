@@ -11,6 +11,7 @@ from pathlib import Path
 
 from model.config import ModelConfig, read_config
 from model.errors import ModelError, WeightsError
+from model.files import CONFIG_BYTES, WEIGHTS_BYTES, is_file, opened, read_text
 from model.tokenizer import Tokenizer, read_tokenizer
 from model.weights import read_weights
 from server.assembly import KV_CACHE_GIB
@@ -65,17 +66,16 @@ def _shape(config: ModelConfig) -> str:
 
 
 def _files(checkpoint: Checkpoint, stored: set[str]) -> str:
-    files = sorted(checkpoint.directory.glob("*.safetensors"))
+    files = [*filter(is_file, sorted(checkpoint.directory.glob("*.safetensors")))]
     size = sum(file.stat().st_size for file in files)
     return f"{len(files)} safetensors, {size / MIB:,.1f} MiB, {' and '.join(sorted(stored))}"
 
 
 def _digests(directory: Path) -> str:
     """Of the files, held against what `fetch` recorded. Raises WeightsError."""
-    try:
-        lines = (directory / SUMS).read_text("utf-8").splitlines()
-    except OSError:
+    if not is_file(directory / SUMS):
         return f"not recorded (gpt2-server fetch writes {SUMS})"
+    lines = read_text(directory / SUMS, CONFIG_BYTES, WeightsError).splitlines()
     recorded = [line.partition("  ")[::2] for line in lines if line and not line.startswith("#")]
     for digest, name in recorded:
         if Path(name).name != name or _sha256(directory / name) != digest:
@@ -87,7 +87,7 @@ def _sha256(path: Path) -> str:
     """Of nothing, where there is no such file."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with opened(path, WEIGHTS_BYTES, OSError) as file:
             while data := file.read(READ_BYTES):
                 digest.update(data)
     except OSError:
@@ -96,7 +96,7 @@ def _sha256(path: Path) -> str:
 
 
 def _tokenizer(directory: Path, tokenizer: Tokenizer) -> str:
-    files = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    files = [name for name in TOKENIZER_FILES if is_file(directory / name)]
     source = " and ".join(files[: 2 if "merges.txt" in files else 1])
     return f"{tokenizer.kind}, from {source}; {tokenizer.eos_token} is {tokenizer.eos_token_id}"
 

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented all the same
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         directory, revision = _fetch(arguments.model, arguments.revision, arguments.to)
     except HFValidationError:
         raise ModelError(f"{arguments.model!r} is no Hugging Face id") from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         raise ModelError(
             f"the Hugging Face Hub did not give {arguments.model!r} ({type(error).__name__}); "
             "what has arrived is kept: run the command again"

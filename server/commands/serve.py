@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shlex
+import signal
 import sys
 
 from server import logs
 from server.api.models import ServedModel
-from server.errors import SettingsError
 from server.lifecycle import build
 from server.settings import ENV_PREFIX, flags, read_settings
 from server.worker.messages import Ready, Starting
@@ -23,16 +23,19 @@ configure = flags
 
 def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
+    if settings.api_key_file is not None:  # until there is who reads the keys again, a SIGHUP waits
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     logs.configure(settings.log_level)
-    try:
-        service = build(settings)
-    except OSError as error:
-        raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+    service = build(settings)
     host, port = service.listener.getsockname()[:2]
     key = None
     if service.backend.keys is not None:
         key = f"${ENV_PREFIX}API_KEY" if settings.api_key is not None else "YOUR_KEY"
-    return asyncio.run(service.run(Terminal(f"http://{host}:{port}", service.backend.served, key)))
+    return asyncio.run(service.run(Terminal(f"http://{in_url(host)}:{port}", service.backend.served, key)))
+
+
+def in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 class Terminal:

@@ -17,6 +17,7 @@ from pathlib import Path
 from model.adapter_config import is_adapter, read_adapter_config
 from model.config import ModelConfig, check_variant, read_config
 from model.errors import ModelError
+from model.files import is_file
 from server.worker.messages import Load, Loaded
 
 
@@ -109,7 +110,7 @@ class Variants:
 def _fingerprint(directory: Path) -> str:
     """As far as sizes and times tell."""
     digest = hashlib.sha256()
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")]):
+    for path in filter(is_file, sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")])):
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()[:8]

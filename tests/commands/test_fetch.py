@@ -32,6 +32,7 @@ class Hub(ThreadingHTTPServer):
         self.cuts: dict[str, int] = {}  # bytes after which the connection is cut, once
         self.ranges: list[str] = []  # ranges that were asked for
         self.asked: list[str] = []  # revisions
+        self.portal = False  # a network that answers everything with a page to log in to
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -45,7 +46,9 @@ class Answers(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         path = self.path.partition("?")[0]
-        if path.startswith(f"/api/models/{REPO}/tree/"):
+        if self.server.portal:
+            self._send(200, b"<html>Log in</html>", {"content-type": "text/html"}, body=body)
+        elif path.startswith(f"/api/models/{REPO}/tree/"):
             self._send(200, json.dumps(self._tree()).encode(), {"content-type": "application/json"})
         elif path.startswith(f"/api/models/{REPO}"):
             self.server.asked.append(path.partition("/revision/")[2])
@@ -215,6 +218,19 @@ def test_what_cannot_be_served_is_not_fetched(
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "model" / "model.safetensors").exists()
     assert not (tmp_path / "model" / "pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize("command", ["fetch", "check"])
+@pytest.mark.parametrize("how", ["nobody listens", "a portal answers"])
+def test_without_a_network_one_line_says_so(how: str, command: str, fetch: Any, hub: Hub) -> None:
+    if how == "nobody listens":
+        hub.server_close()
+    else:
+        hub.portal = True
+    done = fetch(REPO, command=command)
+    assert done.returncode == 78
+    assert "the Hugging Face Hub did not give" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_no_such_model(fetch: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from model.training.finetune import EXIT_STOPPED, FAILURES
+from server.commands.complete import INTERRUPTED
 from server.engine.supervisor import EXIT_ENGINE_DIED
 from server.settings import Settings
 from server.worker.__main__ import EXIT_CONFIG
@@ -34,6 +36,13 @@ def test_every_alert_has_its_paragraph_and_no_paragraph_is_left_over() -> None:
 def test_the_exit_statuses_are_those_of_the_code() -> None:
     rows = re.findall(r"^\| (\d+) \|", OPERATIONS, re.MULTILINE)
     assert set(rows) == {"0", "1", str(EXIT_ENGINE_DIED), str(EXIT_CONFIG)}
+
+
+def test_the_exit_statuses_of_commands_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    rows = {int(each) for each in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    trainer = {status for _, _, status in FAILURES} | {EXIT_STOPPED}
+    assert rows == trainer | {0, 1, 2, EXIT_ENGINE_DIED, EXIT_CONFIG, INTERRUPTED}
 
 
 def test_every_flag_and_setting_that_is_named_exists() -> None:

@@ -111,6 +111,18 @@ def test_f2_a_second_signal_ends_it_within_a_second(stuck: bool, tiny: Path) -> 
             answer.result()
 
 
+def test_f2_two_signals_at_once_are_one_wish(tiny: Path) -> None:
+    """A container's runtime may tell the process group and its leader."""
+    with serving(tiny, "--threads", "1") as server, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, server, **{**LONG, "max_tokens": 50})
+        wait_for_work(server)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.005)
+        server.process.send_signal(signal.SIGTERM)
+        assert answer.result().status_code == 200
+        assert server.process.wait(20) == 0
+
+
 def test_f2_a_stuck_worker_does_not_keep_an_idle_server_from_leaving(tiny: Path) -> None:
     with serving(tiny, "--threads", "1") as server:
         processes = family(server)

@@ -88,6 +88,51 @@ def test_settings_that_cannot_be(flags: list[str], line: str, tiny: Path) -> Non
     check_refused(start(tiny, *flags), line)
 
 
+def test_an_adapter_is_told_what_to_type(tmp_path: Path) -> None:
+    adapter = tmp_path / "mine"
+    adapter.mkdir()
+    described = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": "owner/gpt2"}
+    (adapter / "adapter_config.json").write_text(json.dumps(described))
+    typed = f"gpt2-server serve owner/gpt2 --lora-modules mine={adapter}"
+    check_refused(
+        start(adapter), f"is a LoRA adapter and no model; serve its model with the adapter beside it: {typed}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [("x=nosuch", "lora_modules: 'x': 'nosuch' is no directory"), ("nosuch", "'nosuch' is not name=directory")],
+)
+def test_a_module_that_is_no_directory_is_named(module: str, line: str, tiny: Path) -> None:
+    check_refused(start(tiny, "--lora-modules", module), line)
+
+
+def test_a_sighup_while_it_starts_waits_until_it_has(tiny: Path, tmp_path: Path) -> None:
+    """The key file is a FIFO, at which the start waits until the keys are written."""
+    keys = tmp_path / "keys"
+    os.mkfifo(keys, 0o600)
+    later = tmp_path / "later"
+    later.write_text("me: sk-second\n")
+    process = start(tiny, "--api-key-file", str(keys), "--threads", "1")
+    with process, keys.open("w") as file:
+        later.replace(keys)
+        process.send_signal(signal.SIGHUP)
+        file.write("me: sk-first\n")
+        file.close()
+        assert process.stdout is not None
+        url = next(line for line in process.stdout if "Serving on" in line).split()[2].rstrip(",")
+        assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer sk-second"}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def test_the_printed_url_of_an_ipv6_address_can_be_asked(tiny: Path) -> None:
+    with serving(tiny, "--threads", "1", "--host", "::1") as server:
+        assert server.url.startswith("http://[::1]:")
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert any(f"curl {server.url}/v1/completions" in line for line in server.lines)
+
+
 def test_an_unknown_setting_in_the_environment(tiny: Path) -> None:
     check_refused(start(tiny, env={"GPT2_SERVER_PROT": "1"}), "GPT2_SERVER_PROT is no setting of this server")
 

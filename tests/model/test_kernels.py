@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model import loading
 from model.batch import Batch, Wanted
 from model.config import Activation, parse_config
 from model.errors import DeviceError
@@ -352,3 +353,18 @@ def test_without_the_kernels_weights_are_fp32_or_refused() -> None:
         choose_ops(CPU, torch.float16, "off")
     with pytest.raises(DeviceError, match="quantization int8 runs on a CPU"):
         choose_ops(torch.device("cuda"), torch.bfloat16, "auto", "int8")
+
+
+def test_a_start_without_the_kernels_warns_where_nobody_asked_for_that(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load(level: str | None = None) -> None:
+        raise KernelsUnavailableError("the C kernels were not built; install again with a C compiler")
+
+    monkeypatch.setattr(loading, "load", load)
+    cpu = torch.device("cpu")
+    choose_ops(cpu, torch.float32, "off")
+    assert not caplog.records
+    choose_ops(cpu, torch.float32, "auto")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "install again with a C compiler" in caplog.records[0].__dict__["reason"]

@@ -22,8 +22,9 @@ from tokenizers import models, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from vocabularies import write_model, write_unigram, write_wordpiece
 
-from model.adapter_config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, adapter_config_json
-from model.adapters import LowRank, adapter_tensors, read_adapter
+from model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
+from model.adapter_file import read_adapter
+from model.adapters import LowRank, adapter_tensors
 from model.config import parse_config, read_config
 from model.errors import ConfigError, ModelError, TokenizerError
 from model.tokenizer import read_tokenizer
@@ -33,7 +34,7 @@ SECONDS = 20
 READ = """
 import resource, signal, sys
 from pathlib import Path
-from model.adapters import read_adapter
+from model.adapter_file import read_adapter
 from model.config import read_config
 from model.errors import ModelError
 from model.tokenizer import read_tokenizer
@@ -45,7 +46,7 @@ for directory in map(Path, sys.argv[1:]):
     signal.alarm(SECONDS)
     try:
         config = read_config(directory)
-        read_tokenizer(directory, config.vocab_size, config.eos_token_id)
+        read_tokenizer(directory, config.vocab_size, config.eos_token_ids)
         read_weights(directory, config)
         read_adapter(directory, config)
         print("read")
@@ -76,8 +77,8 @@ def write_bytes(directory: Path) -> int:
 
 
 def write_adapter(directory: Path) -> None:
-    config = AdapterConfig(rank=2, alpha=4.0, targets=("attn.c_attn",))
-    (directory / CONFIG_FILE).write_text(json.dumps(adapter_config_json(config)))
+    described = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    (directory / CONFIG_FILE).write_text(json.dumps(described))
     weights = read_weights(directory, read_config(directory))["h.0.attn.c_attn.weight"]  # (in, out)
     pair = LowRank(weights[:, :2].T, weights[:2].T, 2.0)
     save_file(adapter_tensors({(0, "attn.c_attn"): pair}), directory / WEIGHTS_FILE)
@@ -208,7 +209,7 @@ def test_a_boolean_is_no_token(models_by_kind: dict[str, Path], tmp_path: Path) 
     vocab = json.loads((copy / "vocab.json").read_text("utf-8"))
     (copy / "vocab.json").write_text(json.dumps({**vocab, next(k for k, v in vocab.items() if v == 1): True}))
     with pytest.raises(TokenizerError, match="does not hold a vocabulary"):
-        read_tokenizer(copy, 258, 257)
+        read_tokenizer(copy, 258, (257,))
 
 
 NUMBERS = st.sampled_from([0, 1, 2, 7, 8, 64, 100, 2**31, 2**40, 2**63 - 1, 2**64, -1])
@@ -309,7 +310,7 @@ def test_any_json_of_a_model_directory_is_read_or_refused(data: st.DataObject, d
         (copy / path.name).write_text(json.dumps(value), "utf-8")
         try:
             config = read_config(copy)
-            tokenizer = read_tokenizer(copy, config.vocab_size, config.eos_token_id)
+            tokenizer = read_tokenizer(copy, config.vocab_size, config.eos_token_ids)
             tokenizer.decode(tokenizer.encode("ab b [SEP] <extra>"))
             if (copy / CONFIG_FILE).is_file():
                 read_weights(copy, config)

@@ -46,6 +46,7 @@ FAILURES: dict[int | str, str] = {
     405: "No such method here",
     408: "The body did not arrive in time",
     413: "The body is too large",
+    415: "The body is compressed",
     429: "This key has had its share; see Retry-After",
     500: "The server failed",
     503: "The queue is full, or the server is starting or leaving; see Retry-After",

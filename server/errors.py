@@ -81,6 +81,10 @@ class BodyTooLarge(RequestError):
     pass
 
 
+class UnsupportedEncoding(RequestError):
+    """The body is compressed, or in any other coding than as it is."""
+
+
 class TryLater(ServerError):
     """Nothing is wrong with the request; it was refused before any work was done on it."""
 

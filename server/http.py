@@ -11,7 +11,9 @@ import contextlib
 import fcntl
 import json
 import logging
+import re
 import resource
+import select
 import socket
 import struct
 import termios
@@ -19,6 +21,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any
 
 import h11
 import uvicorn
@@ -33,6 +36,9 @@ READ_BYTES = 8 << 10  # at once: h11 takes 17 us for a chunk of one byte, and no
 PROGRESS_BYTES = 4 << 10  # what a reader has to take of its answer within the write deadline, to be one that reads
 DESCRIPTORS_KEPT = 128  # for everything that is no client's connection
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: drop what is unsent
+GONE_PERIOD = 0.1  # seconds between looks whether a client that has said all it will is still there
+BLANK_LINES = re.compile(rb"(?:\r?\n)*")
+ABSOLUTE_FORM = re.compile(rb"https?://([A-Za-z0-9._~%:\[\]-]+)(/[^?]*)?(\?.*)?", re.IGNORECASE)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,12 +59,63 @@ class HTTPServer(uvicorn.Server):
         yield
 
 
+class Parser(h11.Connection):
+    """h11's, with what it leaves to its caller: RFC 9112, sections 2.2 (empty lines before a request), 2.3 (versions)
+    and 3.2.2 (targets in absolute form). And a head is never longer than allowed, in however few reads it comes."""
+
+    def __init__(self, max_head_bytes: int) -> None:
+        super().__init__(h11.SERVER, max_head_bytes)
+        self._max_head_bytes = max_head_bytes
+        self.refusal = HTTPStatus.BAD_REQUEST  # of what raised RemoteProtocolError
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Raises RemoteProtocolError."""
+        if self.their_state is not h11.IDLE:
+            return super().next_event()
+        waiting = self.trailing_data[0]
+        blank = BLANK_LINES.match(waiting)
+        assert blank is not None
+        if blank.end():
+            self._receive_buffer.maybe_extract_at_most(blank.end())
+        event = super().next_event()
+        if not isinstance(event, h11.Request):
+            return event
+        if len(waiting) - blank.end() - len(self.trailing_data[0]) > self._max_head_bytes:
+            raise h11.RemoteProtocolError("the head is too long")
+        if not event.http_version.startswith(b"1."):
+            self.refusal = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
+            raise h11.RemoteProtocolError("not HTTP/1")
+        return event if event.target.startswith(b"/") else _origin_form(event)
+
+
+def _origin_form(request: h11.Request) -> h11.Request:
+    """A target in absolute form has the last word over the Host header; other targets are left as they are."""
+    found = ABSOLUTE_FORM.fullmatch(request.target)
+    if found is None:
+        return request
+    host, path, query = found.groups()
+    headers = [(name, host if name == b"host" else value) for name, value in request.headers]
+    return h11.Request(
+        method=request.method,
+        target=(path or b"/") + (query or b""),
+        headers=headers,
+        http_version=request.http_version,
+    )
+
+
 class DeadlineProtocol(H11Protocol):
     """A connection that is closed when its client does not do its part in time."""
 
     edges: Edges
+    conn: Parser
     _reading: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
+    _leaving: asyncio.TimerHandle | None = None
+    _said_all = False  # the client has closed its half
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.conn = Parser(self.edges.max_head_bytes)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -72,8 +129,36 @@ class DeadlineProtocol(H11Protocol):
         super().data_received(data)
         self._watch_reading()
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """A client that has said all it will may still read. It has left when its side of the connection is gone, which
+        only shows once something is sent to it: where an answer has not begun, an interim one is."""
+        if self._said_all or not self._answering:  # reading goes on after a pause, and finds the end again
+            return self._answering
+        self._said_all = True
+        if self.conn.our_state is h11.SEND_RESPONSE and self.scope["http_version"] == "1.1":
+            interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+            self.transport.write(self.conn.send(interim))
+        self._watch_leaving()
+        return True
+
+    @property
+    def _answering(self) -> bool:
+        """A request, a whole one, waits for its answer or for the rest of it."""
+        return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+
+    def _watch_leaving(self) -> None:
+        """As long as the answer takes. No event tells that a half-closed connection was reset, until the next write."""
+        connection = select.poll()
+        connection.register(self.transport.get_extra_info("socket"), 0)
+        if connection.poll(0):  # POLLERR or POLLHUP
+            self.transport.abort()
+        else:
+            self._leaving = self.loop.call_later(GONE_PERIOD, self._watch_leaving)
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._said_all and not self._answering:
+            self.transport.close()
         if self.cycle is not None and self.cycle.response_complete:  # an idle connection remembers nothing
             self.cycle = self.scope = self.headers = None  # type: ignore[assignment]
         self._watch_reading()
@@ -89,6 +174,8 @@ class DeadlineProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_reading_timer()
         self._stop_writing_timer()
+        if self._leaving is not None:
+            self._leaving.cancel()
         self.edges.idle.pop(self, None)
         super().connection_lost(exc)
 
@@ -96,7 +183,7 @@ class DeadlineProtocol(H11Protocol):
         if self.cycle is not None:  # whoever still works on an answer is told that nobody hears it
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        self._say(HTTPStatus.BAD_REQUEST, NOT_HTTP)
+        self._say(self.conn.refusal, NOT_HTTP)
 
     def _watch_reading(self) -> None:
         """A head that is awaited has a deadline; so has a body that nobody reads, as its answer has been given."""
@@ -175,7 +262,6 @@ def http_server(app: FastAPI, edges: Edges) -> HTTPServer:
     config = uvicorn.Config(
         app,
         http=type("Protocol", (DeadlineProtocol,), {"edges": edges}),
-        h11_max_incomplete_event_size=edges.max_head_bytes,  # httptools would take a head of any size
         ws="none",
         lifespan="off",
         access_log=False,

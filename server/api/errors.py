@@ -24,6 +24,7 @@ from server.errors import (
     ServerError,
     TryLater,
     Unauthorized,
+    UnsupportedEncoding,
     WorkerKilled,
 )
 
@@ -36,6 +37,7 @@ STATUS: dict[type[ServerError], tuple[int, str]] = {
     MethodNotAllowed: (405, "invalid_request_error"),
     BodyTimeout: (408, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
+    UnsupportedEncoding: (415, "invalid_request_error"),
     RateLimited: (429, "rate_limit_error"),
     TryLater: (503, "overloaded_error"),
     DeadlineExceeded: (504, "server_error"),
@@ -63,6 +65,8 @@ def error_response(error: ServerError) -> Response:
         headers["retry-after"] = str(min(max(math.ceil(error.retry_after), 1), 60))
     if isinstance(error, Draining | BodyTimeout):  # not where a body is too large: while it is read on, we are heard
         headers["connection"] = "close"
+    if isinstance(error, UnsupportedEncoding):
+        headers["accept-encoding"] = "identity"
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, DeadlineExceeded | WorkerKilled) or error is INTERNAL:

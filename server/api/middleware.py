@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.auth import caller_of
 from server.api.body import ClientGone
 from server.api.errors import INTERNAL, error_response
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, RequestError, UnsupportedEncoding
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +84,13 @@ class AnswerMiddleware:
     def _refusal(self, scope: Scope) -> Response | None:
         """Of a head that nobody should act upon."""
         headers = scope["headers"]
+        error: RequestError
         if len(headers) > self._max_headers:
             error = InvalidRequest(f"The request has too many headers: this server takes {self._max_headers}.")
         elif {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
             error = InvalidRequest("The request states the length of its body twice.")  # a proxy may believe the other
+        elif any(name == b"content-encoding" and value.strip().lower() != b"identity" for name, value in headers):
+            error = UnsupportedEncoding("The body of the request must not be compressed (Content-Encoding).")
         else:
             return None
         response = error_response(error)

@@ -41,7 +41,9 @@ class ServedModel:
         return self.fingerprint if variant is None else f"{self.fingerprint}-{variant.fingerprint}"
 
     def resolve_engine(self, asked: str) -> str:
-        """As in a path: openai 0.28 writes spaces as pluses there."""
+        """As in a path, where none is no name: openai 0.28 writes spaces as pluses there. Raises ModelNotFound."""
+        if not asked:
+            raise ModelNotFound(asked)
         try:
             return self.resolve(asked)
         except ModelNotFound:

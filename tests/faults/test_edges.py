@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import time
@@ -9,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import h11
 import httpx
 import pytest
 from serving import RunningServer, serving
+
+from server.http import Parser
 
 SHORT = {"HEAD_TIMEOUT": "1", "BODY_TIMEOUT": "1", "KEEP_ALIVE_TIMEOUT": "1", "MAX_BODY_BYTES": "20000"}
 
@@ -171,15 +175,119 @@ def test_a_body_may_come_in_chunks_of_any_size(size: int, server: RunningServer)
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
-def test_a_client_that_closes_its_half_has_left(server: RunningServer) -> None:
-    body = json.dumps({"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "n": 8}).encode()
-    before = server.metrics().get('gpt2_request_success_total{finished_reason="abort"}', 0)
+ABORTED = 'gpt2_request_success_total{finished_reason="abort"}'
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_closes_its_half_gets_its_whole_answer(stream: bool, when: str, server: RunningServer) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 100, "ignore_eos": True, "n": 4, "stream": stream}).encode()
+    before = server.metrics().get(ABORTED, 0)
     with connect(server) as client:
         client.sendall(post(len(body), body))
-        time.sleep(0.3)
+        if when == "later":
+            time.sleep(0.2)
         client.shutdown(socket.SHUT_WR)
-        assert read_to_end(client) == b""
-    assert server.wait_until_idle()['gpt2_request_success_total{finished_reason="abort"}'] == before + 8
+        said = read_to_end(client)
+    answer = said.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.count(b'"finish_reason":"length"') == 4
+    assert not stream or answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert server.wait_until_idle().get(ABORTED, 0) == before
+
+
+def test_requests_in_a_row_are_answered_though_the_client_has_closed_its_half(server: RunningServer) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 5, "ignore_eos": True}).encode()
+    with connect(server) as client:
+        client.sendall(post(len(body), body) * 3)
+        client.shutdown(socket.SHUT_WR)
+        assert read_to_end(client).count(b"HTTP/1.1 200 ") == 3
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_closes_altogether_has_left(stream: bool, begun: bool, server: RunningServer) -> None:
+    """Half-way through a stream of eight choices, or before it has got anything."""
+    fields = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "n": 8, "stream": stream}
+    body = json.dumps(fields).encode()
+    before = server.metrics().get(ABORTED, 0)
+    with connect(server) as client:
+        client.sendall(post(len(body), body))
+        if begun and stream:
+            for _ in range(20):
+                client.recv(2000)
+        elif begun:
+            time.sleep(0.2)
+    assert server.wait_until_idle()[ABORTED] == before + 8
+
+
+def test_half_a_request_and_no_more_is_not_waited_for(server: RunningServer) -> None:
+    with connect(server) as client:
+        client.sendall(post(100, b'{"prompt": '))
+        client.shutdown(socket.SHUT_WR)
+        began = time.monotonic()
+        read_to_end(client)
+        assert time.monotonic() - began < 0.9
+
+
+@pytest.mark.parametrize(("sent", "status"), [
+    (b"GET http://x:80/v1/models HTTP/1.1\r\nHost: other\r\n\r\n", b"200"),
+    (b"GET HTTPS://[::1]:80/v1/models?a=b HTTP/1.1\r\nHost: x\r\n\r\n", b"200"),
+    (b"GET http://x HTTP/1.1\r\nHost: x\r\n\r\n", b"200"),
+    (b"GET http:///health HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
+    (b"GET http://user@x/health HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
+    (b"\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"200"),
+    (b"\r\n\n\r\nGET /health HTTP/1.0\r\n\r\n", b"200"),
+    (b"GET /health HTTP/2.0\r\nHost: x\r\n\r\n", b"505"),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"505"),
+    (b"GET /health HTTP/0.9\r\nHost: x\r\n\r\n", b"505"),
+    (b"GET /health HTTP/1.7\r\nHost: x\r\n\r\n", b"200"),
+    (b"GET /health?" + b"x" * 40_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
+    (b"GET /health HTTP/1.1\r\nHost: x\r\nX-Large: " + b"x" * 33_000 + b"\r\n\r\n", b"400"),
+    (b"GET /health?" + b"x" * 32_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", b"200"),
+    (b"GET /v1/models/ HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
+    (b"GET /v1/engines/ HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
+    (b"DELETE /v1/models/ HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
+    (b"POST /v1/engines//completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{\"prompt\": \"a\"}", b"404"),
+], ids=lambda each: ascii(each[:44]))  # fmt: skip
+def test_heads_are_read_as_rfc_9112_has_it(sent: bytes, status: bytes, server: RunningServer) -> None:
+    with connect(server) as client:
+        client.sendall(sent)
+        client.shutdown(socket.SHUT_WR)
+        said = read_to_end(client)
+    assert status in said.split(b"\r\n")[0].split() or status in said.split(b"\r\n")[2].split()
+    if status[:1] in b"45":
+        assert error_of(said)
+
+
+def test_a_target_in_absolute_form_has_the_last_word_over_the_host() -> None:
+    parser = Parser(1000)
+    parser.receive_data(b"\r\nGET http://a.example:1?q=/ HTTP/1.1\r\nHost: b\r\nX: y\r\n\r\n")
+    request = parser.next_event()
+    assert isinstance(request, h11.Request)
+    assert request.target == b"/?q=/"
+    assert list(request.headers) == [(b"host", b"a.example:1"), (b"x", b"y")]
+
+
+def test_an_empty_line_after_a_body_is_no_request(server: RunningServer) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+    with connect(server) as client:
+        client.sendall((post(len(body), body) + b"\r\n") * 3)
+        client.shutdown(socket.SHUT_WR)
+        assert [line[:3] for line in read_to_end(client).split(b"HTTP/1.1 ") if line[:3] != b"100"] == [
+            b"",
+            *[b"200"] * 3,
+        ]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "gzip, identity"])
+def test_a_compressed_body_is_answered_415(coding: str, server: RunningServer) -> None:
+    body = gzip.compress(b'{"prompt": "a", "max_tokens": 1}')
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/files"):
+        answer = httpx.post(f"{server.url}{path}", content=body, headers={"content-encoding": coding})
+        assert answer.status_code == 415
+        assert answer.headers["accept-encoding"] == "identity"
+        assert "Content-Encoding" in answer.json()["error"]["message"]
 
 
 def test_who_sends_too_much_still_hears_why(server: RunningServer) -> None:

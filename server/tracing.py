@@ -85,6 +85,12 @@ class TracedEngine:
     def healthy(self) -> bool:
         return self._engine.healthy
 
+    def check_quota(self, key_name: str) -> None:
+        self._engine.check_quota(key_name)
+
+    def charge(self, key_name: str, tokens: int) -> None:
+        self._engine.charge(key_name, tokens)
+
     def submit(self, request: GenerationRequest) -> Generation:
         operation = "embeddings" if request.params.pooled else "text_completion"
         span = self._tracer.start_span(

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from model.tokenizer import Tokenizer
+from server.api.aside import parse_aside
 from server.api.body import read_body
 from server.api.chat_rendering import ChatShape
 from server.api.chat_schemas import ChatAnswer, ChatBody, chat_schema
@@ -147,7 +148,7 @@ async def answer_chat(
 ) -> Response:
     """Raises ServerError or ClientGone."""
     raw = await read_body(request.scope, request.receive, service.limits)
-    chat = parse_chat(raw, service.limits)
+    chat = await parse_aside(parse_chat, raw, service.limits)
     _parse(chat.fields, [service.tokenizer.eos_token_id], service.limits)  # before any work is done for it
     ids = await anyio.to_thread.run_sync(write_prompt, template, chat, service.tokenizer)
     asked = _parse(chat.fields, ids, service.limits)

@@ -21,6 +21,7 @@ from starlette.responses import Response
 
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
+from server.api.aside import parse_aside
 from server.api.auth import caller_of
 from server.api.bans import check_any_left
 from server.api.body import ClientGone, read_body, until_gone
@@ -39,7 +40,7 @@ from server.engine.grammars import GrammarChecker
 from server.engine.output import TokenTexts
 from server.engine.request import Generation, GenerationEngine, GenerationRequest, Prompt
 from server.engine.variants import Variant
-from server.errors import InvalidRequest, ServerError
+from server.errors import ContextLengthExceeded, InvalidRequest, ServerError
 from server.worker.messages import BACKGROUND
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class CompletionService:
     async def answer(self, request: Request, engine_name: str | None) -> Response:
         """Raises ServerError or ClientGone before the answer's first byte; never after."""
         raw = await read_body(request.scope, request.receive, self.limits)
-        asked = parse_completion(raw, self.limits)
+        asked = await parse_aside(parse_completion, raw, self.limits)
         return await self.complete(asked, self.shape(asked.body), "cmpl-", request, engine_name)
 
     def shape(self, body: CompletionBody) -> CompletionShape:
@@ -101,10 +102,17 @@ class CompletionService:
     ) -> Answer:
         """name: of the model. background: nobody waits for it. To be closed. Raises ServerError."""
         created = int(time.time())
+        if not background:
+            self.engine.check_quota(caller.name)
         prompts = await encode(asked.prompts, self.tokenizer, self._keep_last(asked))
         params = await self._params(asked)
         explicit = asked.body.max_tokens is not None
-        params = fit(prompts, params, self.limits, explicit=explicit, alike=asked.beam is not None)
+        try:
+            params = fit(prompts, params, self.limits, explicit=explicit, alike=asked.beam is not None)
+        except ContextLengthExceeded:  # reading it was work all the same
+            if not background:
+                self.engine.charge(caller.name, sum(len(prompt.token_ids) for prompt in prompts))
+            raise
         call = self._call(asked, prompts, params, prefix, caller, self.model.variant(name), background=background)
         envelope = Envelope(
             id=call.id if asked.body.request_id is None else prefix + asked.body.request_id,

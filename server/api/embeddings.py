@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from model.sampling_params import SamplingParams
+from server.api.aside import parse_aside
 from server.api.auth import caller_of
 from server.api.body import read_body
 from server.api.completions import CompletionService, cache_salt, while_there
@@ -68,13 +69,15 @@ def parse_embedding(raw: bytes, limits: Limits) -> tuple[EmbeddingBody, tuple[st
 async def answer_embedding(service: CompletionService, request: Request, engine_name: str | None) -> Response:
     """Raises ServerError or ClientGone."""
     raw = await read_body(request.scope, request.receive, service.limits)
-    body, inputs, ignored = parse_embedding(raw, service.limits)
+    body, inputs, ignored = await parse_aside(parse_embedding, raw, service.limits)
     name = service.model.resolve(body.model) if engine_name is None else service.model.resolve_engine(engine_name)
+    caller = caller_of(request.scope)
+    service.engine.check_quota(caller.name)
     prompts = await encode(inputs, service.tokenizer, None)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if longest > service.limits.max_model_len:
+        service.engine.charge(caller.name, sum(len(prompt.token_ids) for prompt in prompts))
         raise ContextLengthExceeded(service.limits.max_model_len, longest, 0)
-    caller = caller_of(request.scope)
     call = _call(prompts, cache_salt(caller, None), service.model.variant(name), caller.name)
     generation = service.engine.submit(call)
     request.scope["generation"] = generation

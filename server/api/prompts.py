@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import anyio
-import anyio.to_thread
-
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
+from server.api.aside import tokenize_aside
 from server.api.limits import Limits
 from server.api.reading import is_huge
 from server.engine.request import Prompt
 from server.errors import ContextLengthExceeded, InvalidRequest
 
-INLINE_CHARACTERS = 4000  # about a millisecond of tiktoken; more goes to a thread
+INLINE_SIZE = 4000  # characters or token ids of all prompts together: about a millisecond; more goes to a thread
+PIECE_SIZE = 65_536  # what a thread is handed at a time, where there are several prompts
 DEFAULT_MAX_TOKENS = 16
-_threads = anyio.CapacityLimiter(2)
 
 RawPrompt = str | list[int]
 
@@ -73,24 +71,46 @@ def _invalid(why: str) -> InvalidRequest:
 
 async def tokenize(text: str, tokenizer: Tokenizer) -> list[int]:
     """Long texts are encoded in a thread: the event loop serves everybody."""
-    if len(text) <= INLINE_CHARACTERS:
+    if len(text) <= INLINE_SIZE:
         return tokenizer.encode(text)
-    return await anyio.to_thread.run_sync(tokenizer.encode, text, limiter=_threads)
+    return await tokenize_aside(tokenizer.encode, text)
 
 
 async def encode(raw: Sequence[RawPrompt], tokenizer: Tokenizer, keep_last: int | None) -> list[Prompt]:
-    """Token ids of each prompt; of longer ones the last `keep_last`. An empty text starts a new document."""
-    prompts = []
-    for item in raw:
-        ids = await tokenize(item, tokenizer) if isinstance(item, str) else item
-        if keep_last is not None and len(ids) > keep_last:
-            ids = ids[-keep_last:]
-            prompts.append(Prompt(ids, tokenizer.decode(ids)))
-        elif isinstance(item, str):
-            prompts.append(Prompt(ids or [tokenizer.eos_token_id], item))
-        else:
-            prompts.append(Prompt(ids, tokenizer.decode(ids)))
+    """Token ids of each prompt; of longer ones the last `keep_last`. An empty text starts a new document.
+
+    Prompts that are long together go to a thread, however short each is.
+    """
+    if sum(map(len, raw)) <= INLINE_SIZE:
+        return _encode(raw, tokenizer, keep_last)
+    prompts: list[Prompt] = []
+    for piece in _pieces(raw):
+        prompts += await tokenize_aside(_encode, piece, tokenizer, keep_last)
     return prompts
+
+
+def _pieces(raw: Sequence[RawPrompt]) -> Iterator[Sequence[RawPrompt]]:
+    start = size = 0
+    for place, item in enumerate(raw):
+        if place > start and size + len(item) > PIECE_SIZE:
+            yield raw[start:place]
+            start, size = place, 0
+        size += len(item)
+    yield raw[start:]
+
+
+def _encode(raw: Sequence[RawPrompt], tokenizer: Tokenizer, keep_last: int | None) -> list[Prompt]:
+    return [_prompt(item, tokenizer, keep_last) for item in raw]
+
+
+def _prompt(item: RawPrompt, tokenizer: Tokenizer, keep_last: int | None) -> Prompt:
+    ids = tokenizer.encode(item) if isinstance(item, str) else item
+    if keep_last is not None and len(ids) > keep_last:
+        ids = ids[-keep_last:]
+        return Prompt(ids, tokenizer.decode(ids))
+    if isinstance(item, str):
+        return Prompt(ids or [tokenizer.eos_token_id], item)
+    return Prompt(ids, tokenizer.decode(ids))
 
 
 def fit(

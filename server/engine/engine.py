@@ -122,6 +122,19 @@ class Engine:
         self._start_due(generation)
         return generation
 
+    def check_quota(self, key_name: str) -> None:
+        """Before a prompt is read. Raises RateLimited."""
+        try:
+            self._refuse_spent(key_name)
+        except RateLimited as refusal:
+            self._observer.rejected(refusal)
+            raise
+
+    def charge(self, key_name: str, tokens: int) -> None:
+        """Negative tokens come back."""
+        if self._buckets is not None:
+            self._buckets.take(key_name, tokens, time.monotonic())
+
     def _start_due(self, generation: RunningGeneration) -> None:
         if not self._running:
             self._last_step = time.monotonic()
@@ -160,18 +173,21 @@ class Engine:
             raise Overloaded("The model is still loading. Please try again shortly.")
         if request.background:  # of which there are few at a time: they take nobody's place
             return
-        wait = 0.0 if self._buckets is None else self._buckets.wait(request.key_name, time.monotonic())
-        if wait > 0:
-            raise RateLimited("This key has used up its tokens per minute. Please try again later.", retry_after=wait)
+        self._refuse_spent(request.key_name)
         queued = [each.request.prompt_tokens for each in self._queue()]
         self._admission.check(request.prompt_tokens, queued, self._observer.tokens_per_second)
 
     def _queue(self) -> Iterator[RunningGeneration]:
         return (each for each in self._generations if not each.started and not each.request.background)
 
+    def _refuse_spent(self, key_name: str) -> None:
+        wait = 0.0 if self._buckets is None else self._buckets.wait(key_name, time.monotonic())
+        if wait > 0:
+            raise RateLimited("This key has used up its tokens per minute. Please try again later.", retry_after=wait)
+
     def _charge(self, request: GenerationRequest, tokens: int) -> None:
-        if self._buckets is not None and not request.background:
-            self._buckets.take(request.key_name, tokens, time.monotonic())
+        if not request.background:
+            self.charge(request.key_name, tokens)
 
     def _generation(self, request: GenerationRequest) -> RunningGeneration:
         if request.beam is None:

@@ -137,6 +137,14 @@ class GenerationEngine(Protocol):
         """
         ...
 
+    def check_quota(self, key_name: str) -> None:
+        """Asked before a prompt is read, which is work. Raises RateLimited."""
+        ...
+
+    def charge(self, key_name: str, tokens: int) -> None:
+        """For a prompt that was read and then refused."""
+        ...
+
     @property
     def ready(self) -> bool: ...
 

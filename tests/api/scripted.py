@@ -55,6 +55,13 @@ class ScriptedEngine:
     cached_tokens: int = 0  # of each prompt
     requests: list[GenerationRequest] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
+    charged: dict[str, int] = field(default_factory=dict)  # for what was refused, by key
+
+    def check_quota(self, key_name: str) -> None:
+        pass
+
+    def charge(self, key_name: str, tokens: int) -> None:
+        self.charged[key_name] = self.charged.get(key_name, 0) + tokens
 
     def submit(self, request: GenerationRequest) -> ScriptedGeneration:
         if self.refusal is not None:

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -183,8 +184,11 @@ class Draft:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            with suppress(OSError):  # it writes what is left to write, which failed before or is not wanted any more
+                self._file.close()
+        finally:
+            self._partial.unlink(missing_ok=True)
 
     async def _flush(self) -> None:
         data, self._buffer = bytes(self._buffer), bytearray()

@@ -143,8 +143,9 @@ class JobStore:
         table = fine_tuning_jobs
 
         def work(connection: Connection) -> bool:
-            mine = [table.c.id == id_, table.c.runner == runner, table.c.status.in_(ACTIVE)]
-            if not connection.execute(update(table).where(*mine).values(**changes or {"runner": runner})).rowcount:
+            if not connection.execute(
+                update(table).where(*_held(id_, runner)).values(**changes or {"runner": runner})
+            ).rowcount:
                 return False
             _say(connection, id_, events)
             return True
@@ -169,19 +170,23 @@ class JobStore:
         useful = await self._database.run(work)
         return [id_ for id_ in asked if id_ not in useful]
 
-    async def add_checkpoint(self, job_id: str, checkpoint: Checkpoint, keep: int) -> None:
-        """The oldest go, once there are more than `keep`."""
+    async def add_checkpoint(self, job_id: str, runner: str, checkpoint: Checkpoint, keep: int) -> bool:
+        """The oldest go, once there are more than `keep`. False: the job was taken away meanwhile."""
         table = fine_tuning_checkpoints
 
-        def work(connection: Connection) -> None:
+        def work(connection: Connection) -> bool:
+            held = update(fine_tuning_jobs).where(*_held(job_id, runner)).values(runner=runner)
+            if not connection.execute(held).rowcount:
+                return False
             mine = table.c.job_id == job_id
             connection.execute(delete(table).where(mine, table.c.step_number >= checkpoint.step_number))  # run again
             connection.execute(insert(table).values(job_id=job_id, **asdict(checkpoint)))
             places = list(connection.scalars(select(table.c.place).where(mine).order_by(table.c.place)))
             connection.execute(delete(table).where(table.c.place.in_(places[:-keep])))
             _say(connection, job_id, [JobEvent(message=f"Checkpoint created at step {checkpoint.step_number}")])
+            return True
 
-        await self._database.run(work)
+        return await self._database.run(work)
 
     async def succeed(
         self, id_: str, runner: str, models: list[FineTunedModel], events: Iterable[JobEvent], **changes: Any
@@ -190,9 +195,9 @@ class JobStore:
         table = fine_tuning_jobs
 
         def work(connection: Connection) -> bool:
-            mine = [table.c.id == id_, table.c.runner == runner, table.c.status.in_(ACTIVE)]
             now = int(time.time())
-            done = update(table).where(*mine).values(status=Status.SUCCEEDED, finished_at=now, runner=None, **changes)
+            held = _held(id_, runner)
+            done = update(table).where(*held).values(status=Status.SUCCEEDED, finished_at=now, runner=None, **changes)
             if not connection.execute(done).rowcount:
                 return False
             connection.execute(insert(fine_tuned_models), [asdict(model) for model in models])
@@ -243,6 +248,12 @@ def _find(connection: Connection, id_: str, owner: str) -> FineTuningJob:
         shown = "".join(c if c.isascii() and c.isprintable() else "?" for c in id_[:64])
         raise NotFound(f"Could not find fine tune: {shown}", param="fine_tune_id", code="fine_tune_not_found")
     return _job(row)
+
+
+def _held(id_: str, runner: str) -> list[ColumnElement[bool]]:
+    """That the job is still this server's to train."""
+    table = fine_tuning_jobs
+    return [table.c.id == id_, table.c.runner == runner, table.c.status.in_(ACTIVE)]
 
 
 def _change(connection: Connection, id_: str, **values: Any) -> None:

@@ -206,8 +206,7 @@ class Runner:
             checkpoint = Checkpoint(
                 id=new_id("ftckpt_"), created_at=int(time.time()), step_number=said["step"], name=name, metrics=metrics
             )
-            await self._jobs.add_checkpoint(job.id, checkpoint, CHECKPOINTS)
-            return True
+            return await self._jobs.add_checkpoint(job.id, self._name, checkpoint, CHECKPOINTS)
         events, changes = progress.take(said)
         return not (events or changes) or await self._jobs.note(job.id, self._name, events, **changes)
 

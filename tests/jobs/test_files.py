@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -140,6 +141,27 @@ def test_a_full_disk_is_a_503_and_leaves_nothing(api: Api, store: Store, monkeyp
     assert kept(store) == []
     assert api.client.get("/v1/files").json()["data"] == []
     assert upload(api).status_code == 200
+
+
+class FullDisk(io.RawIOBase):
+    """A file on it: what is written stays in the buffer until it is full, or closed."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 3_000, 900_000])
+def test_an_upload_of_any_size_to_a_full_disk_is_a_503(
+    size: int, api: Api, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_: io.BufferedWriter(FullDisk()))
+        response = upload(api, LINES[:1] * size)
+    assert error_of(response, 503 if size else 400)["code"] == ("storage_error" if size else "invalid_value")
+    assert kept(store) == []
 
 
 def test_files_expire(api: Api, store: Store) -> None:

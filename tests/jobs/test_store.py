@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from asking import error_of, make_api
 
 from server.errors import SettingsError
+from server.jobs.jobs import JobStore
+from server.jobs.records import Checkpoint, FineTuningJob, JobEvent, Status
 from server.jobs.store import Store, open_store
 from server.jobs.tables import SCHEMA_VERSION
 
@@ -70,3 +73,28 @@ def test_a_database_that_fails_is_a_503(store: Store) -> None:
     response = api.client.get("/v1/files")
     assert error_of(response, 503)["code"] == "storage_error"
     assert "retry-after" in response.headers
+
+
+def test_what_is_said_of_a_job_is_refused_from_a_server_whose_lease_is_over(store: Store) -> None:
+    """A trainer may say something when another server has its job already."""
+    jobs = JobStore(store.database)
+    job = FineTuningJob(
+        id="ftjob-1", owner="", created_at=1, status=Status.QUEUED, model="m", training_file="f", validation_file=None,
+        suffix="", seed=1, method={}, hyperparameters={}, details=None,
+    )  # fmt: skip
+    checkpoint = Checkpoint(id="ftckpt_1", created_at=1, step_number=5, name="m:ckpt-step-5", metrics={})
+
+    async def main() -> None:
+        await jobs.create(job)
+        assert await jobs.claim("here", lease=-1.0) is not None
+        assert await jobs.claim("there", lease=60.0) is not None
+        assert not await jobs.add_checkpoint(job.id, "here", checkpoint, 3)
+        assert not await jobs.note(job.id, "here", [JobEvent(message="late")])
+        assert not await jobs.fail(job.id, "here", [], {})
+        assert not await jobs.succeed(job.id, "here", [], [])
+        assert not await jobs.renew(job.id, "here", 60.0)
+        assert (await jobs.checkpoints(job.id, "", after=None, limit=9)).items == []
+        assert await jobs.add_checkpoint(job.id, "there", checkpoint, 3)
+        assert len((await jobs.checkpoints(job.id, "", after=None, limit=9)).items) == 1
+
+    asyncio.run(main())

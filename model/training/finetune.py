@@ -12,8 +12,9 @@ Standard output has one JSON object a line, each with an "event" (nothing else i
 
     started     steps, epochs, batch_size, examples, valid_examples, tokens (learnt in an epoch), parameters (that
                 learn), learning_rate, from_step (0, or where it resumes), kind ("model" or "adapter")
+    validating  step, done (from 0 to 1): once a second while a validation takes so long
     step        step, steps, epoch (a number with a fraction), loss, valid_loss (null where not measured), tokens
-                (learnt so far), learning_rate, seconds
+                (learnt so far), learning_rate, seconds (of the step, without its validation)
     checkpoint  step, path (relative to out), loss, valid_loss
     finished    step, epochs, tokens, loss, valid_loss, kind, path ("model"), early (ended before its last step)
     stopped     step: it was told to; its state is saved
@@ -69,6 +70,8 @@ FAILURES: list[tuple[type[Exception], str, int]] = [
 PROBLEMS_MAX = 100
 RESULT = "result.json"
 REST_MAX = 2.0  # seconds
+UNSAVED_MAX = 10.0  # seconds of work that a long validation may find unsaved
+WATCH_EVERY = 1.0  # seconds
 
 Report = Callable[..., None]
 
@@ -153,7 +156,7 @@ def _problems(error: Exception) -> dict[str, Any]:
 class Run:
     """One job from start, or where it was left, to its end."""
 
-    def __init__(self, job: Job, stopping: Stopping) -> None:
+    def __init__(self, job: Job, stopping: Callable[[], bool]) -> None:
         self._job = job
         self._out = Path(job.out)
         self._fingerprint = job.fingerprint()
@@ -173,7 +176,7 @@ class Run:
         self._say_started(prepared)
         with Log(self._out / "log.csv", tuner.step) as log:
             self._learn(prepared, log)
-        if not tuner.finished:
+        if not self._is_over(prepared):
             tuner.save(self._out, self._fingerprint)
             report("stopped", step=tuner.step)
             return EXIT_STOPPED
@@ -206,27 +209,32 @@ class Run:
         )
 
     def _learn(self, prepared: Prepared, log: Log) -> None:
-        """Until the tuner has finished or is told to stop."""
+        """Until it is over or told to stop: steps, each with the validation that is due after it. A state may be saved
+        between the two; what resumes from it begins with the validation."""
         tuner, recipe = prepared.tuner, prepared.tuner.recipe
         saved = time.monotonic()
-        while not tuner.finished and not self._stopping():
+        while not self._is_over(prepared) and not self._stopping():
             began = time.monotonic()
-            rate = recipe.rate * recipe.scale(tuner.step)
-            loss = tuner.train_step(self._stopping)
-            if loss is None:
+            if self._is_measured(prepared) and tuner.train_step(self._stopping) is None:
                 break
-            measured = self._validate(prepared)
             seconds = time.monotonic() - began
-            log.write(Row(tuner.step, tuner.tokens, float(tuner.step), loss, measured, seconds))
+            if not self._is_measured(prepared) and time.monotonic() - saved >= min(self._job.save_every, UNSAVED_MAX):
+                tuner.save(self._out, self._fingerprint)
+                saved = time.monotonic()
+            measured = self._validate(prepared)
+            if not self._is_measured(prepared):
+                break
+            assert tuner.loss is not None
+            log.write(Row(tuner.step, tuner.tokens, float(tuner.step), tuner.loss, measured, seconds))
             report(
                 "step",
                 step=tuner.step,
                 steps=recipe.steps,
                 epoch=round(tuner.step / tuner.steps_per_epoch, 3),
-                loss=loss,
+                loss=tuner.loss,
                 valid_loss=measured,
                 tokens=tuner.tokens,
-                learning_rate=rate,
+                learning_rate=recipe.rate * recipe.scale(tuner.step - 1),
                 seconds=round(seconds, 4),
             )
             if tuner.step % tuner.steps_per_epoch == 0 and not tuner.finished:
@@ -235,10 +243,28 @@ class Run:
                 tuner.save(self._out, self._fingerprint)
                 saved = time.monotonic()
 
-    def _validate(self, prepared: Prepared) -> float | None:
+    def _is_over(self, prepared: Prepared) -> bool:
+        return prepared.tuner.finished and self._is_measured(prepared)
+
+    def _is_measured(self, prepared: Prepared) -> bool:
+        """Whether no validation is due."""
         tuner = prepared.tuner
         due = tuner.step % prepared.validate_every == 0 or tuner.step >= tuner.recipe.steps
-        return tuner.validate() if due and prepared.valid_examples else None
+        return not due or not prepared.valid_examples or tuner.step in (0, tuner.measured)
+
+    def _validate(self, prepared: Prepared) -> float | None:
+        """None where none is due, and where it was told to stop."""
+        if self._is_measured(prepared):
+            return None
+        said = time.monotonic()
+
+        def watch(part: float) -> None:
+            nonlocal said
+            if time.monotonic() - said >= WATCH_EVERY:
+                said = time.monotonic()
+                report("validating", step=prepared.tuner.step, done=round(part, 4))
+
+        return prepared.tuner.validate(self._stopping, watch)
 
     def _checkpoint(self, prepared: Prepared) -> None:
         """The model as it is now; the oldest go, once there are more than the job keeps."""

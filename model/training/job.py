@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from model.adapter_config import sites_of
 from model.errors import AdapterError, JobError
+from model.training.digests import digest_of
 
 Count = Annotated[int, Meta(ge=1, le=1 << 30)]
 Positive = Annotated[float, Meta(gt=0.0, le=1e6)]
@@ -93,9 +94,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     checkpoints: Annotated[int, Meta(ge=0, le=100)] = 3  # models kept of the ends of epochs
 
     def fingerprint(self) -> str:
-        """The same for jobs that compute the same; where it is run, and how often it is saved, is left out."""
+        """The same for jobs that compute the same, from files that hold the same; where it is run, where its files are
+        and how often it is saved are left out. Raises OSError."""
         elsewhere = {"device": "auto", "threads": None, "nice": 0, "save_every": 0.0, "checkpoints": 0, "name": None}
-        same = msgspec.structs.replace(self, out="", base_name=None, **elsewhere)
+        files = {name: digest_of(getattr(self, name)) for name in ("train", "valid", "model", "adapter")}
+        teacher = self.distillation
+        if teacher is not None:
+            teacher = msgspec.structs.replace(teacher, teacher=digest_of(teacher.teacher))
+        same = msgspec.structs.replace(self, out="", base_name=None, distillation=teacher, **files, **elsewhere)
         return hashlib.sha256(msgspec.json.encode(same)).hexdigest()[:16]
 
 

@@ -23,7 +23,7 @@ PADDING = -1
 class Packed:
     tokens: Tensor  # (rows, length) int64
     positions: Tensor  # (rows, length) int64, from 0 in each example
-    owners: Tensor  # (rows, length) int64: which example a token belongs to; PADDING, none
+    owners: Tensor  # (rows, length) int64: the index of the example a token belongs to; PADDING, none
     predicts: Tensor  # (targets,) int64: index into the flattened (rows * length) whose next token is learnt
     targets: Tensor  # (targets,) int64: that token
 
@@ -38,44 +38,69 @@ class Packed:
         return (same & torch.ones(length, length, dtype=torch.bool, device=same.device).tril()).unsqueeze(1)
 
 
-def pack(examples: Sequence[Example], max_tokens: int) -> Iterator[Packed]:
-    """Rectangles of at most `max_tokens` (or of one row) that hold every example once, in a fixed order."""
-    length = max(len(example.tokens) for example in examples) - 1
-    rows = _first_fit([len(example.tokens) - 1 for example in examples], length)
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Which examples share a row, found once for as many passes as there are."""
+
+    length: int  # of a row
+    rectangles: Sequence[Sequence[Sequence[int]]]  # rows of each, as indices into the examples
+
+    def lay_out(self, examples: Sequence[Example]) -> Iterator[Packed]:
+        """The examples that were arranged, as rectangles."""
+        for rows in self.rectangles:
+            yield _lay_out([[(i, examples[i]) for i in row] for row in rows], self.length)
+
+
+def arrange(examples: Sequence[Example], max_tokens: int) -> Arrangement:
+    """For rectangles of at most `max_tokens` (or of one row) that hold every example once, in a fixed order."""
+    sizes = [len(example.tokens) - 1 for example in examples]
+    length = max(sizes)
+    rows = _best_fit(sizes, length)
     together = max(1, max_tokens // length)
-    for first in range(0, len(rows), together):
-        yield _lay_out([[examples[i] for i in row] for row in rows[first : first + together]], length)
+    return Arrangement(length, [rows[first : first + together] for first in range(0, len(rows), together)])
 
 
-def _first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Indices into `sizes`, in rows whose sizes add up to `length` at most: the longest first, each where it fits."""
+def pack(examples: Sequence[Example], max_tokens: int) -> Iterator[Packed]:
+    return arrange(examples, max_tokens).lay_out(examples)
+
+
+def _best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Indices into `sizes`, in rows whose sizes add up to `length` at most: the longest first, each into a row with the
+    least room that is enough. Rows are kept by their room, and the rooms of which there are rows as bits of a number,
+    so that thousands of examples take a moment."""
     rows: list[list[int]] = []
-    room: list[int] = []
+    by_room: list[list[int]] = [[] for _ in range(length + 1)]
+    rooms = 0  # bit r is set where a row has room r
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        at = next((row for row, free in enumerate(room) if free >= sizes[i]), len(rows))
-        if at == len(rows):
+        enough = rooms >> sizes[i]
+        if enough:
+            room = sizes[i] + (enough & -enough).bit_length() - 1
+            at = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, at = length, len(rows)
             rows.append([])
-            room.append(length)
         rows[at].append(i)
-        room[at] -= sizes[i]
+        by_room[room - sizes[i]].append(at)
+        rooms |= 1 << (room - sizes[i])
     return rows
 
 
-def _lay_out(rows: list[list[Example]], length: int) -> Packed:
+def _lay_out(rows: Sequence[Sequence[tuple[int, Example]]], length: int) -> Packed:
     shape = (len(rows), length)
     tokens, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     owners = np.full(shape, PADDING, dtype=np.int64)
     learnt = np.zeros(shape, dtype=np.bool_)
     following = np.zeros(shape, dtype=np.int64)
-    owner = 0
     for i, row in enumerate(rows):
         start = 0
-        for example in row:
+        for owner, example in row:
             cut = slice(start, start + len(example.tokens) - 1)
             tokens[i, cut], following[i, cut] = example.tokens[:-1], example.tokens[1:]
             positions[i, cut] = np.arange(len(example.tokens) - 1)
             owners[i, cut], learnt[i, cut] = owner, example.learnt[1:]
-            start, owner = cut.stop, owner + 1
+            start = cut.stop
     predicts = np.flatnonzero(learnt)
     arrays = (tokens, positions, owners, predicts, following.ravel()[predicts])
     return Packed(*(torch.from_numpy(array) for array in arrays))

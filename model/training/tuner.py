@@ -23,12 +23,12 @@ from model.training.dataset import Example
 from model.training.loss import linear_cross_entropy
 from model.training.network import Network
 from model.training.optimiser import Adam
-from model.training.packing import Packed, pack
+from model.training.packing import Arrangement, Packed, arrange, pack
 
 STATE = "state.safetensors"
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-KEPT = ("step", "tokens", "loss", "valid_loss", "best", "waited")  # of a tuner, beside its tensors
+KEPT = ("step", "tokens", "loss", "valid_loss", "measured", "best", "waited")  # of a tuner, beside its tensors
 
 
 class Objective(Protocol):
@@ -84,11 +84,13 @@ class Tuner:
         self.tokens = 0  # targets learnt from
         self.loss: float | None = None  # of the last step, before it
         self.valid_loss: float | None = None  # measured last
+        self.measured = 0  # the step after which that was
         self.best: float | None = None  # the lowest measured
         self.waited = 0  # validations since
         self._objective = objective
         self._examples = examples
         self._valid = valid
+        self._arranged = arrange(valid, recipe.micro_batch_tokens) if valid else Arrangement(0, ())
         self._device = device
         self._learning = {name: each for name, each in network.named_parameters() if each.requires_grad}
         self._adam = Adam(self._learning.items(), recipe.rate, betas=BETAS, epsilon=EPSILON, decay=recipe.weight_decay)
@@ -153,18 +155,29 @@ class Tuner:
     # === Validation ===
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Mean cross entropy of the validation examples, in nats a token; remembers the weights where it is lowest."""
-        total = 0.0
-        for batch in pack(self._valid, self.recipe.micro_batch_tokens):
+    def validate(
+        self, stopping: Callable[[], bool] = lambda: False, watch: Callable[[float], None] = lambda part: None
+    ) -> float | None:
+        """Mean cross entropy of the validation examples, in nats a token; remembers the weights where it is lowest.
+
+        None, and nothing remembered, if `stopping` says so midway. watch: told the part that is done, from 0 to 1.
+        Raises TrainingError where it is no number.
+        """
+        total, done = 0.0, 0
+        targets = sum(example.targets for example in self._valid)
+        for batch in self._arranged.lay_out(self._valid):
+            if stopping():
+                return None
             with self._autocast():
                 loss = cross_entropy(self.network, batch.to(self._device), self._dtype)
             total += float(loss) * len(batch.targets)
-        mean = total / sum(example.targets for example in self._valid)
+            done += len(batch.targets)
+            watch(done / targets)
+        mean = total / targets
         if not math.isfinite(mean):
             raise TrainingError(f"the validation loss after step {self.step} is no finite number")
         self._remember(mean)
-        self.valid_loss = mean
+        self.valid_loss, self.measured = mean, self.step
         return mean
 
     def _remember(self, loss: float) -> None:

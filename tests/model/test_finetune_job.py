@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.training.finetune import main
-from model.training.job import Job, parse_job
+from model.training.finetune import Run, main
+from model.training.job import Distillation, Job, parse_job
 from server.checkpoint import EMBEDDED
 
 ROOT = Path(__file__).parents[2]
@@ -271,7 +273,71 @@ def test_a_job_that_makes_no_sense_is_refused(change: dict[str, Any], message: s
 def test_the_fingerprint_is_of_what_is_computed() -> None:
     one = Job(train="t", out="a", model="m", threads=1, save_every=3.0)
     assert one.fingerprint() == Job(train="t", out="b", model="m", threads=2, nice=5).fingerprint()
-    assert one.fingerprint() != Job(train="u", out="a", model="m").fingerprint()
+    assert one.fingerprint() != Job(train="t", out="a", model="m", trainable="full").fingerprint()
+
+
+def test_what_the_files_hold_is_a_part_of_the_job(base: Path, data: Path, tmp_path: Path) -> None:
+    """Another content at the same path is another job, and the same content at another path the same one."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    train, valid, model, teacher = (tmp_path / name for name in ("train", "valid", "model", "teacher"))
+    for path, source in ((train, data), (valid, data)):
+        shutil.copyfile(source, path)
+    for path in (model, teacher):
+        shutil.copytree(base, path)
+
+    def fingerprint() -> str:
+        distils = Distillation(teacher=str(teacher))
+        job = Job(train=str(train), valid=str(valid), out="o", model=str(model), adapter=str(adapter))
+        return msgspec.structs.replace(job, distillation=distils).fingerprint()
+
+    seen = {fingerprint()}
+    files = [train, valid, model / "model.safetensors", adapter / "adapter_config.json", teacher / "vocab.json"]
+    for file in files:
+        file.write_bytes(file.read_bytes() + b" ")
+        seen.add(fingerprint())
+    assert len(seen) == len(files) + 1
+    model = model.rename(tmp_path / "moved")
+    assert fingerprint() in seen
+
+
+def test_new_data_at_the_same_path_is_not_taken_for_the_old(base: Path, data: Path, tmp_path: Path) -> None:
+    train = tmp_path / "train.jsonl"
+    shutil.copyfile(data, train)
+    asked = job(base, data, tmp_path / "out", train=str(train))
+    assert run(asked, tmp_path)[0] == 0
+    assert run(asked, tmp_path)[0] == 0
+    train.write_text('{"text": "blue"}\n' * 9)
+    status, events = run(asked, tmp_path)
+    assert (status, events[-1]["reason"]) == (64, "job")
+    assert "another job" in events[-1]["message"]
+
+
+@pytest.mark.parametrize("moment", [2, 3, 5, 6, 8, 9, 11, 14])
+def test_told_to_stop_at_any_moment_it_ends_at_once_and_resumes_to_the_same_weights(
+    moment: int, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps and validations look whether they are to stop before each rectangle of tokens; here it is the moment-th."""
+    looks = 0
+
+    def stopping() -> bool:
+        nonlocal looks
+        looks += 1
+        return looks >= moment
+
+    digests = []
+    for out in (tmp_path / "whole", tmp_path / "stopped"):
+        changes = {"epochs": 2, "early_stop": 5, "validate_every": 2}
+        asked = parse_job(json.dumps(job(base, data, out, micro_batch_tokens=64, hyperparameters=changes)).encode())
+        if out.name == "stopped":
+            assert Run(asked, stopping).go() == 75
+            assert looks <= moment + 1  # the loop that ends looks again
+            assert (out / "state.safetensors").exists()
+        assert Run(asked, lambda: False).go() == 0
+        log = [row.rpartition(",")[0] for row in (out / "log.csv").read_text().splitlines()]  # without seconds
+        digests.append(((out / "model" / "adapter_model.safetensors").read_bytes(), log))
+    assert digests[0] == digests[1]
 
 
 def test_it_imports_nothing_of_the_server() -> None:

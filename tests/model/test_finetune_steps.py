@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from model.training.checkpoint import export_weights, load_network
 from model.training.dataset import Example
 from model.training.lora import add_lora, export_lora, load_lora, merge_lora, merged_weights
 from model.training.network import Network
-from model.training.packing import pack
+from model.training.packing import arrange, pack
 from model.training.prepare import _untied
 from model.training.tuner import Recipe, Tuner, cross_entropy
 
@@ -177,6 +178,21 @@ def test_an_adapter_of_pefts_gives_pefts_logits_merged_or_beside(make_checkpoint
         torch.testing.assert_close(network(ids) @ network.head.t(), expected, atol=1e-4, rtol=0)
     assert weights.keys() == network.state_dict().keys()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_hundred_thousand_lines_are_arranged_in_a_moment() -> None:
+    """Looking through all rows for each line would take a quarter of an hour."""
+    chance = np.random.default_rng(1)
+    tokens = np.zeros(129, dtype=np.int32)
+    lines = [Example(tokens[:size], tokens[:size] == 1) for size in chance.integers(2, 129, size=100_000)]
+    signal.alarm(60)
+    try:
+        rows = [row for rows in arrange(lines, 4096).rectangles for row in rows]
+    finally:
+        signal.alarm(0)
+    assert sorted(i for row in rows for i in row) == list(range(len(lines)))
+    used = sum(len(lines[i].tokens) - 1 for row in rows for i in row)
+    assert used / (128 * len(rows)) > 0.99
 
 
 @given(

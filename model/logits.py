@@ -97,12 +97,14 @@ def _place(ids: Ids, logits: Tensor) -> Tensor:
 
 def _penalise(logits: Tensor, row: SamplingRow) -> None:
     params = row.params
+    last = params.repetition_penalty_range or 0  # text-generation-webui's window; [-0:] is all of them
+    output = row.output[-last:]
     if params.repetition_penalty != 1:  # Keskar et al. 2019 (CTRL), as transformers and vLLM apply it
-        seen = torch.unique(torch.cat((row.prompt, row.output)))
+        seen = torch.unique(torch.cat((row.prompt, row.output))[-last:])
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if (params.presence_penalty or params.frequency_penalty) and row.output.numel():
-        seen, counts = torch.unique(row.output, return_counts=True)
+    if (params.presence_penalty or params.frequency_penalty) and output.numel():
+        seen, counts = torch.unique(output, return_counts=True)
         logits[seen] -= counts * params.frequency_penalty + params.presence_penalty
     if params.dry is not None and row.tables.breakers is not None:
         text = [*row.prompt.tolist(), *row.output.tolist()]

@@ -2,7 +2,8 @@
 
 In this order: temperature, min_p, top_k, top_p (as in vLLM), then typical_p and xtc. llama.cpp, where those two come
 from, has temperature last and min_p after top_p; here every filter sees the tempered distribution, as in vLLM and
-transformers, and typical_p and xtc see what the others left, renormalised.
+transformers, and typical_p and xtc see what the others left, renormalised. With temperature_last the filters see the
+distribution of temperature 1, and what they leave is tempered. With min_p_last min_p sees what top_p has left.
 """
 
 from __future__ import annotations
@@ -61,21 +62,21 @@ def _pick_greedy(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
 
 def _pick_whole(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
     """Inverse of the cumulative distribution over the vocabulary, in token order."""
-    mass = _temper(logits, rows).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    mass = _temper(logits, [row.params.temperature for row in rows]).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     threshold = torch.tensor([row.uniform for row in rows], dtype=torch.float64, device=logits.device)
     found = torch.searchsorted(mass, (threshold * mass[:, -1])[:, None], right=True)
     tokens: list[int] = found[:, 0].tolist()
     return tokens
 
 
-def _temper(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
-    temperatures = torch.tensor([row.params.temperature for row in rows], device=logits.device)
-    return logits / temperatures[:, None]
+def _temper(logits: Tensor, temperatures: list[float]) -> Tensor:
+    return logits / torch.tensor(temperatures, device=logits.device)[:, None]
 
 
 def _pick_cut(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
     """top_k, top_p and min_p: the most likely candidates first; a whole sort only for a row that needs more of them."""
-    probabilities = _temper(logits, rows).softmax(dim=-1)
+    temperatures = [1.0 if row.params.temperature_last else row.params.temperature for row in rows]
+    probabilities = _temper(logits, temperatures).softmax(dim=-1)
     head = probabilities.topk(min(HEAD, probabilities.shape[-1]), dim=-1)
     tokens = []
     for i, row in enumerate(rows):
@@ -87,6 +88,8 @@ def _pick_cut(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
         values, ids = values[:kept], ids[:kept]
         if _needs_all(row.params):
             values, ids = _exclude_top_choices(*_typical(values, ids, row.params), row)
+        if row.params.temperature_last:
+            values = (values.double() / values.max()) ** (1 / row.params.temperature)
         mass = values.cumsum(0, dtype=torch.float64)
         tokens.append(int(ids[torch.searchsorted(mass, row.uniform * mass[-1], right=True)]))
     return tokens
@@ -95,10 +98,12 @@ def _pick_cut(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
 def _kept(values: Tensor, params: SamplingParams, *, whole: bool) -> int | None:
     """How many candidates stay, of probabilities in falling order; None where these are too few to tell."""
     size = len(values)
-    kept = size if whole else size + 1  # size + 1: more than these
+    kept = likely = size if whole else size + 1  # size + 1: more than these
     if params.min_p > 0:
         likely = int((values >= params.min_p * values[0]).sum())
-        kept = likely if likely < size else kept
+        likely = likely if likely < size else kept
+    if not params.min_p_last:
+        kept = likely
     if params.top_k is not None:
         kept = min(kept, params.top_k)
     if params.top_p < 1:  # Holtzman et al. 2020: the smallest set whose mass reaches top_p, of what the others left
@@ -107,6 +112,7 @@ def _kept(values: Tensor, params: SamplingParams, *, whole: bool) -> int | None:
         inside = values[:kept].cumsum(0, dtype=torch.float64)
         total = inside[-1].item() if kept <= size else 1.0
         kept = min(kept, int(torch.searchsorted(inside, params.top_p * total)) + 1)
+    kept = min(kept, likely)
     return kept if kept <= size else None
 
 

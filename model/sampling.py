@@ -6,6 +6,8 @@ logits. Knows nothing of sequences, blocks or clocks.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,8 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> tuple[list[int | None], l
         tops = [rows[i].params.logprobs or 0 for i in scored]
         picked = torch.tensor([tokens[i] for i in scored], device=logits.device)
         for i, found in zip(scored, token_logprobs(logits[scored], picked, tops), strict=True):
-            scores[i] = found
+            asked = rows[i].params.logprob_token_ids
+            scores[i] = replace(found, top=_scores_of(logits[i], asked)) if asked else found
     return tokens, scores
 
 
@@ -42,6 +45,11 @@ def _pick(adjusted: Tensor, rows: list[SamplingRow]) -> list[int | None]:
         for i, token in zip(left, pick(adjusted[left], [rows[i] for i in left]), strict=True):
             tokens[i] = token
     return tokens
+
+
+def _scores_of(logits: Tensor, ids: tuple[int, ...]) -> list[tuple[int, float]]:
+    """logits: (vocab,)."""
+    return list(zip(ids, logits.log_softmax(-1)[list(ids)].tolist(), strict=True))
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, tops: list[int]) -> list[TokenLogprobs]:

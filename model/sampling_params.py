@@ -24,15 +24,18 @@ class SamplingParams:
     max_tokens: int = 16
     min_tokens: int = 0  # EOS and stop_token_ids cannot be sampled before it
     temperature: float = 1.0
+    temperature_last: bool = False  # after the filters that follow, which then see the distribution of temperature 1
     top_p: float = 1.0
     top_k: int | None = None
     min_p: float = 0.0
+    min_p_last: bool = False  # after top_p, not before
     typical_p: float = 1.0
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    repetition_penalty_range: int | None = None  # latest tokens that the three penalties look at; None for all
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()  # no output holds one of these runs of tokens
@@ -41,6 +44,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # rising
     ignore_eos: bool = False
     logprobs: int | None = None  # 0 is on: the sampled token's alone
+    logprob_token_ids: tuple[int, ...] = ()  # scored at each position in place of the most likely ones
     prompt_logprobs: int | None = None
     pooled: bool = False  # wanted: the mean of the prompt's final hidden states, and no tokens (max_tokens 0)
 

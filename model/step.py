@@ -64,7 +64,8 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Raw log-softmax of the model's logits: the token's own, and the most likely ones in falling order."""
+    """Raw log-softmax of the model's logits: the token's own, and the most likely ones in falling order, or those of
+    the params' logprob_token_ids."""
 
     logprob: float
     top: list[tuple[int, float]]

@@ -44,6 +44,9 @@ def on_device(params: SamplingParams) -> bool:
         or params.dry is not None
         or params.grammar is not None
         or params.min_tokens
+        or params.temperature_last
+        or params.min_p_last
+        or params.logprob_token_ids
         or params.typical_p < 1
         or params.xtc_probability > 0
     )

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from model.tokenizer import Tokenizer
+from server.api.aliases import ALIASES, CONTEXTS, ENDLESS, read_context
 from server.api.aside import parse_aside
 from server.api.body import read_body
 from server.api.chat_rendering import ChatShape
@@ -43,6 +44,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "return_token_ids": (False,),
     "truncate_prompt_tokens": (),
+    "truncation_side": ("left",),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
@@ -54,6 +56,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "store": (False,),
 }
+LENGTHS = ("max_tokens", "max_completion_tokens")  # -1 asks for what the context has left, as without it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,13 @@ def parse_chat(raw: bytes, limits: Limits) -> ChatRequest:
     for name, idle in REFUSED.items():
         if fields.get(name) is not None and fields[name] not in idle:
             raise refusal(name)
+    for name, value in fields.items():
+        alias = ALIASES.get(name)
+        if alias is not None and alias.name in REFUSED and alias.read(value) not in (None, *REFUSED[alias.name]):
+            raise refusal(name)
+        if name in CONTEXTS and read_context({name: value}, 0, limits) is not None:
+            raise refusal(name)
+    fields = {name: value for name, value in fields.items() if name not in LENGTHS or value != ENDLESS}
     body = read_body_fields(ChatBody, fields)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         message = "'max_tokens' and 'max_completion_tokens' cannot be given together."

@@ -26,7 +26,9 @@ _MESSAGE = {
 Messages = Annotated[Any, WithJsonSchema({"type": "array", "items": _MESSAGE, "minItems": 1})]
 
 # of completions, and not of chat
-LEFT_OUT = ("prompt", "suffix", "echo", "prompt_logprobs", "return_token_ids", "truncate_prompt_tokens")
+LEFT_OUT = (
+    "prompt", "suffix", "echo", "prompt_logprobs", "return_token_ids", "truncate_prompt_tokens", "truncation_side",
+)  # fmt: skip
 
 
 class ChatBody(Wire):

@@ -21,6 +21,7 @@ from starlette.responses import Response
 
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
+from server.api.aliases import RANDOM
 from server.api.aside import parse_aside
 from server.api.auth import caller_of
 from server.api.bans import check_any_left
@@ -69,7 +70,7 @@ class CompletionService:
     def shape(self, body: CompletionBody) -> CompletionShape:
         return CompletionShape(
             texts=self.texts,
-            logprobs=body.logprobs,
+            logprobs=body.logprobs if body.logprob_token_ids is None else len(body.logprob_token_ids),
             prompt_logprobs=body.prompt_logprobs,
             return_token_ids=body.return_token_ids,
         )
@@ -104,7 +105,8 @@ class CompletionService:
         created = int(time.time())
         if not background:
             self.engine.check_quota(caller.name)
-        prompts = await encode(asked.prompts, self.tokenizer, self._keep_last(asked))
+        right = asked.body.truncation_side == "right"
+        prompts = await encode(asked.prompts, self.tokenizer, asked.keep, keep_first=right)
         params = await self._params(asked)
         explicit = asked.body.max_tokens is not None
         try:
@@ -122,10 +124,6 @@ class CompletionService:
             fingerprint=self.model.fingerprint_of(name),
         )
         return Answer(call, self.engine.submit(call), envelope, shape, asked.stream_options, self.running)
-
-    def _keep_last(self, asked: CompletionRequest) -> int | None:
-        keep = asked.body.truncate_prompt_tokens
-        return max(1, self.limits.max_model_len - asked.params.max_tokens) if keep == -1 else keep
 
     async def _params(self, asked: CompletionRequest) -> SamplingParams:
         """With what needs the vocabulary. Raises InvalidRequest or Overloaded."""
@@ -155,7 +153,7 @@ class CompletionService:
             id=prefix + "".join(secrets.choice(ID_ALPHABET) for _ in range(28)),
             prompts=prompts,
             params=params,
-            seeds=() if body.seed is not None else tuple(secrets.randbits(63) for _ in prompts),
+            seeds=() if body.seed not in (None, RANDOM) else tuple(secrets.randbits(63) for _ in prompts),
             n=body.n,
             best_of=asked.best_of,
             beam=asked.beam,

@@ -12,9 +12,11 @@ from typing import Any
 
 from model.dry import DryParams
 from model.sampling_params import SamplingParams
+from server.api.aliases import CONTEXTS, RANDOM, endless, read_context, translate
 from server.api.limits import Limits
 from server.api.prompts import DEFAULT_MAX_TOKENS, RawPrompt, read_ids, read_prompts
 from server.api.reading import at_most, bound_size, read_body_fields, read_object, unknown_fields
+from server.api.sampler_order import ORDERS, SamplerOrder, read_order
 from server.api.schemas import CompletionBody, StreamOptions
 from server.api.structured import read_structure
 from server.api.unsupported import KNOWN, refuse_unsupported
@@ -35,6 +37,7 @@ class CompletionRequest:
     body: CompletionBody
     prompts: tuple[RawPrompt, ...]
     params: SamplingParams  # not yet fitted to the context, and without what needs the tokenizer or a compiler
+    keep: int | None  # how many tokens of a longer prompt stay; None for all
     structure: GrammarSource | None  # what the answer has to match
     beam: BeamParams | None  # search instead of sampling
     best_of: int
@@ -51,6 +54,16 @@ def parse_completion(raw: bytes, limits: Limits) -> CompletionRequest:
 def parse_fields(fields: Mapping[str, Any], limits: Limits, default_max_tokens: int) -> CompletionRequest:
     """fields: the body's, without what is null. Raises InvalidRequest."""
     refuse_unsupported(fields)
+    translation = translate(fields)
+    default = limits.max_model_len if endless(fields) else default_max_tokens
+    try:
+        return _parse(translation.fields, limits, default)
+    except InvalidRequest as error:
+        raise translation.named(error) from None
+
+
+def _parse(fields: Mapping[str, Any], limits: Limits, default_max_tokens: int) -> CompletionRequest:
+    """fields: by our names."""
     _bound_sizes(fields, limits)
     body = read_body_fields(CompletionBody, fields)
     stop = _read_stop(body.stop, limits)
@@ -64,7 +77,8 @@ def parse_fields(fields: Mapping[str, Any], limits: Limits, default_max_tokens: 
     return CompletionRequest(
         body=body,
         prompts=prompts,
-        params=_sampling_params(body, max_tokens, limits),
+        params=_sampling_params(body, max_tokens, limits, read_order(fields, body)),
+        keep=_read_keep(fields, body, max_tokens, limits),
         structure=structure,
         beam=_beam_params(body, structure),
         best_of=best_of,
@@ -74,9 +88,16 @@ def parse_fields(fields: Mapping[str, Any], limits: Limits, default_max_tokens: 
     )
 
 
+def _read_keep(fields: Mapping[str, Any], body: CompletionBody, max_tokens: int, limits: Limits) -> int | None:
+    keep, context = body.truncate_prompt_tokens, read_context(fields, max_tokens, limits)
+    if keep == -1:
+        keep = max(1, limits.max_model_len - max_tokens)
+    return min((size for size in (keep, context) if size is not None), default=None)
+
+
 def _ignored(fields: Mapping[str, Any]) -> tuple[str, ...]:
     options = unknown_fields(fields.get("stream_options", {}), StreamOptions)
-    return (*unknown_fields(fields, CompletionBody, KNOWN), *(f"stream_options.{name}" for name in options))
+    return (*unknown_fields(fields, CompletionBody, UNDERSTOOD), *(f"stream_options.{name}" for name in options))
 
 
 def _bound_sizes(fields: Mapping[str, Any], limits: Limits) -> None:
@@ -84,6 +105,7 @@ def _bound_sizes(fields: Mapping[str, Any], limits: Limits) -> None:
     bound_size("logit_bias", fields.get("logit_bias"), limits.max_logit_bias)
     for name in ("stop_token_ids", "allowed_token_ids"):
         bound_size(name, fields.get(name), limits.vocab_size)
+    bound_size("logprob_token_ids", fields.get("logprob_token_ids"), limits.max_logprobs)
     bound_size("stop", fields.get("stop"), limits.max_stop_strings)
     bound_size("bad_words", fields.get("bad_words"), limits.max_bad_words)
     bound_size("dry_sequence_breakers", fields.get("dry_sequence_breakers"), limits.max_breakers)
@@ -148,16 +170,19 @@ def _check_together(body: CompletionBody, best_of: int, max_tokens: int, limits:
         raise InvalidRequest("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
     if body.allowed_token_ids is not None and not body.allowed_token_ids:
         raise InvalidRequest("'allowed_token_ids' must not be empty.", "allowed_token_ids")
+    if body.logprob_token_ids is not None and body.logprobs is None:
+        raise InvalidRequest("'logprob_token_ids' needs 'logprobs'.", "logprob_token_ids")
     _check_lengths("bad_words", body.bad_words, limits.max_stop_length)
     _check_lengths("dry_sequence_breakers", body.dry_sequence_breakers, limits.max_breaker_length)
     if body.truncate_prompt_tokens == 0:
         raise InvalidRequest("'truncate_prompt_tokens' must be -1 or at least 1.", "truncate_prompt_tokens")
 
 
+UNDERSTOOD = KNOWN.union(ORDERS, CONTEXTS)  # beside the schema's fields
 SAMPLED = (
     "top_p", "top_k", "min_p", "typical_p", "xtc_probability", "dry_multiplier", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "stop",
-    "prompt_logprobs",
+    "prompt_logprobs", "logprob_token_ids",
 )  # fmt: skip
 BEAM_ENDS_MAX = 64
 
@@ -193,17 +218,19 @@ def _check_lengths(name: str, texts: list[str], most: int) -> None:
         )
 
 
-def _sampling_params(body: CompletionBody, max_tokens: int, limits: Limits) -> SamplingParams:
+def _sampling_params(body: CompletionBody, max_tokens: int, limits: Limits, order: SamplerOrder) -> SamplingParams:
     allowed = body.allowed_token_ids
     scored = [count for count in (body.prompt_logprobs, body.logprobs if body.echo else None) if count is not None]
     return SamplingParams(
-        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        seed=secrets.randbits(63) if body.seed is None or body.seed == RANDOM else body.seed,
         max_tokens=max_tokens,
         min_tokens=body.min_tokens,
         temperature=body.temperature,
+        temperature_last=order.temperature_last,
         top_p=body.top_p,
         top_k=min(body.top_k, limits.vocab_size) if body.top_k > 0 else None,
         min_p=body.min_p,
+        min_p_last=order.min_p_last,
         typical_p=body.typical_p,
         xtc_probability=body.xtc_probability,
         xtc_threshold=body.xtc_threshold,
@@ -211,11 +238,13 @@ def _sampling_params(body: CompletionBody, max_tokens: int, limits: Limits) -> S
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=body.repetition_penalty,
+        repetition_penalty_range=body.repetition_penalty_range or None,
         logit_bias=_read_bias(body.logit_bias, limits),
         allowed_token_ids=None if allowed is None else _token_set("allowed_token_ids", allowed, limits),
         stop_token_ids=_token_set("stop_token_ids", body.stop_token_ids, limits),
         ignore_eos=body.ignore_eos,
         logprobs=body.logprobs,
+        logprob_token_ids=_token_set("logprob_token_ids", body.logprob_token_ids or [], limits),
         prompt_logprobs=max(scored, default=None),
     )
 

@@ -76,16 +76,18 @@ async def tokenize(text: str, tokenizer: Tokenizer) -> list[int]:
     return await tokenize_aside(tokenizer.encode, text)
 
 
-async def encode(raw: Sequence[RawPrompt], tokenizer: Tokenizer, keep_last: int | None) -> list[Prompt]:
-    """Token ids of each prompt; of longer ones the last `keep_last`. An empty text starts a new document.
+async def encode(
+    raw: Sequence[RawPrompt], tokenizer: Tokenizer, keep: int | None, *, keep_first: bool = False
+) -> list[Prompt]:
+    """Token ids of each prompt; of longer ones the last, or the first, `keep`. An empty text starts a new document.
 
     Prompts that are long together go to a thread, however short each is.
     """
     if sum(map(len, raw)) <= INLINE_SIZE:
-        return _encode(raw, tokenizer, keep_last)
+        return _encode(raw, tokenizer, keep, keep_first)
     prompts: list[Prompt] = []
     for piece in _pieces(raw):
-        prompts += await tokenize_aside(_encode, piece, tokenizer, keep_last)
+        prompts += await tokenize_aside(_encode, piece, tokenizer, keep, keep_first)
     return prompts
 
 
@@ -99,14 +101,14 @@ def _pieces(raw: Sequence[RawPrompt]) -> Iterator[Sequence[RawPrompt]]:
     yield raw[start:]
 
 
-def _encode(raw: Sequence[RawPrompt], tokenizer: Tokenizer, keep_last: int | None) -> list[Prompt]:
-    return [_prompt(item, tokenizer, keep_last) for item in raw]
+def _encode(raw: Sequence[RawPrompt], tokenizer: Tokenizer, keep: int | None, keep_first: bool) -> list[Prompt]:
+    return [_prompt(item, tokenizer, keep, keep_first) for item in raw]
 
 
-def _prompt(item: RawPrompt, tokenizer: Tokenizer, keep_last: int | None) -> Prompt:
+def _prompt(item: RawPrompt, tokenizer: Tokenizer, keep: int | None, keep_first: bool) -> Prompt:
     ids = tokenizer.encode(item) if isinstance(item, str) else item
-    if keep_last is not None and len(ids) > keep_last:
-        ids = ids[-keep_last:]
+    if keep is not None and len(ids) > keep:
+        ids = ids[:keep] if keep_first else ids[-keep:]
         return Prompt(ids, tokenizer.decode(ids))
     if isinstance(item, str):
         return Prompt(ids or [tokenizer.eos_token_id], item)

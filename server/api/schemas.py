@@ -93,13 +93,17 @@ class CompletionBody(Wire):
         default=None,
         ge=-INT64_MAX - 1,
         le=INT64_MAX,
-        description="same seed, same answer, of equal prompts too; without one each prompt draws its own",
+        description="same seed, same answer, of equal prompts too; without one, or with -1, each prompt draws its own",
     )
     user: str = ""
     # vLLM's extensions
     top_k: Integer = Field(default=-1, ge=-1, le=INT64_MAX, description="0 or -1: all tokens")
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    repetition_penalty_range: Integer = Field(
+        default=0, ge=0, le=INT64_MAX, description="latest tokens that the three penalties look at; 0 is all"
+    )
+    temperature_last: bool = Field(default=False, description="temper what the filters leave, as llama.cpp does")
     min_tokens: Integer = Field(default=0, ge=0, le=INT64_MAX, description="nothing ends the completion before it")
     ignore_eos: bool = False
     stop_token_ids: TokenIds = Field(default=[], fail_fast=True, description="tokens that end the completion")
@@ -119,10 +123,16 @@ class CompletionBody(Wire):
     truncate_prompt_tokens: Integer | None = Field(
         None, ge=-1, le=INT64_MAX, description="keep a prompt's last N tokens; -1 keeps as many as fit"
     )
+    truncation_side: Literal["left", "right"] = Field(
+        default="left", description="with truncate_prompt_tokens: which end is cut off"
+    )
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = Field(default=True, description="accepted; this tokenizer puts none")
     prompt_logprobs: Integer | None = Field(default=None, ge=0, description="score the prompt too; not with stream")
     add_special_tokens: bool = Field(default=True, description="accepted; GPT-2 adds none")
+    logprob_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = Field(
+        default=None, fail_fast=True, description="with logprobs: score these in place of the likeliest tokens"
+    )
     bad_words: list[Phrase] = Field(default=[], description="texts that are never generated, as whole runs of tokens")
     use_beam_search: bool = Field(
         default=False, description="search for the likeliest of best_of (else n) beams; a stream has them at its end"
@@ -285,8 +295,9 @@ def completion_schema(limits: Limits) -> dict[str, Any]:
     for name, maximum in maxima.items():
         schema["properties"][name]["anyOf"][0]["maximum"] = maximum
     _bound_prompts(schema["properties"]["prompt"], limits)
-    for name in ("stop_token_ids", "allowed_token_ids"):
+    for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
         _bound_ids(schema["properties"][name]["anyOf"][0], limits)
+    schema["properties"]["logprob_token_ids"]["anyOf"][0]["maxItems"] = limits.max_logprobs
     schema["properties"]["stop"]["anyOf"][1]["maxItems"] = limits.max_stop_strings
     schema["properties"]["logit_bias"]["anyOf"][0]["maxProperties"] = limits.max_logit_bias
     for name in ("bad_words", "dry_sequence_breakers"):

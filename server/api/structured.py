@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from msgspec import structs
 from pydantic_core import from_json
 
 from server.engine.grammars import GrammarKind, GrammarSource
@@ -24,14 +25,17 @@ HOW = ("disable_any_whitespace", "whitespace_pattern", "disable_fallback")
 
 def read_structure(fields: Mapping[str, Any]) -> GrammarSource | None:
     """fields: the body's, without what is null. Raises InvalidRequest."""
-    asked = [name for name in READERS if name in fields and fields[name] not in IDLE.get(name, ())]
-    if not asked:
-        return None
-    if len(asked) > 1:
-        raise InvalidRequest(f"'{asked[0]}' and '{asked[1]}' cannot be given together.", asked[1])
-    name = asked[0]
     pattern = fields.get("guided_whitespace_pattern")
-    return READERS[name](name, fields[name], pattern)
+    asked = [name for name in READERS if name in fields and fields[name] not in IDLE.get(name, ())]
+    sources = [READERS[name](name, fields[name], pattern) for name in asked]
+    if any(not _same(source, sources[0]) for source in sources):
+        raise InvalidRequest(f"'{asked[0]}' and '{asked[1]}' cannot be given together.", asked[1])
+    return sources[0] if sources else None
+
+
+def _same(one: GrammarSource | None, other: GrammarSource | None) -> bool:
+    """Clients that know two versions of a server send the same by two names."""
+    return one == (other if one is None or other is None else structs.replace(other, param=one.param))
 
 
 def _response_format(name: str, value: Any, pattern: str | None) -> GrammarSource | None:
@@ -144,4 +148,4 @@ READERS: dict[str, Reader] = {
     "grammar": _grammar,
     "json_schema": _schema,
 }
-IDLE: dict[str, tuple[Any, ...]] = {"grammar": ("",), "response_format": ({"type": "text"},)}
+IDLE: dict[str, tuple[Any, ...]] = {"grammar": ("",), "guided_grammar": ("",), "response_format": ({"type": "text"},)}

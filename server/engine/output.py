@@ -92,6 +92,7 @@ class ChoiceOutput:
         self._tokenizer = tokenizer
         self._texts = texts
         self._top_count = request.params.logprobs
+        self._named = bool(request.params.logprob_token_ids)  # the tokens that are shown beside each of the output
         self._min_tokens = request.params.min_tokens
         self._show_stop_token = request.include_stop_str_in_output
         self._skip_special = request.skip_special_tokens
@@ -109,7 +110,7 @@ class ChoiceOutput:
         assert len(rows) == len(self._prompt.token_ids) - 1
         decoder, offset, infos = self._tokenizer.decoder(()), 0, []
         for token, row in zip(self._prompt.token_ids, [None, *rows], strict=True):
-            infos.append(self._row(token, row, min(offset, len(self._prompt.text))))
+            infos.append(self._row(token, row, min(offset, len(self._prompt.text)), self._top_count))
             offset += len(decoder.push(token))
         return ChoiceDelta(self.index, self._prompt.text, [], infos)
 
@@ -129,7 +130,8 @@ class ChoiceOutput:
             ends = stop_token is not None and place == len(tokens) - 1
             if self._top_count is not None:
                 assert logprobs is not None
-                infos.append(self._row(token, logprobs[place], self._characters))
+                count = len(logprobs[place].top) if self._named else self._top_count
+                infos.append(self._row(token, logprobs[place], self._characters, count))
             match = self._take(None if self._is_silent(token, ends) else token)
             text += match.text
             if match.stop is not None:
@@ -158,14 +160,14 @@ class ChoiceOutput:
             return True
         return self._skip_special and token in self._tokenizer.special_ids
 
-    def _row(self, token: int, row: TokenLogprobs | None, offset: int) -> TokenInfo:
+    def _row(self, token: int, row: TokenLogprobs | None, offset: int, count: int) -> TokenInfo:
         name = self._name(token)
         if row is None:
             return TokenInfo(name, token, None, None, offset)
         value = max(row.logprob, LOGPROB_FLOOR)
         top: dict[str, float] | None = None
-        if self._top_count:
-            top = {self._name(id_): max(logprob, LOGPROB_FLOOR) for id_, logprob in row.top[: self._top_count]}
+        if count:
+            top = {self._name(id_): max(logprob, LOGPROB_FLOOR) for id_, logprob in row.top[:count]}
             top[name] = value  # added when it is not among the top, and the very same float when it is
         return TokenInfo(name, token, value, top, offset)
 

@@ -28,7 +28,7 @@ from server.engine.grammars import GrammarKind
 from server.engine.request import BeamParams, EarlyStopping
 from server.errors import InvalidRequest
 
-MADE = {"choice", "dry", "grammar", "pooled"}  # of several fields, or not of any
+MADE = {"choice", "dry", "grammar", "min_p_last", "pooled"}  # of several fields, or not of any
 PROPERTIES = completion_schema(LIMITS)["properties"]
 
 
@@ -62,10 +62,16 @@ def test_every_sampling_field_reaches_the_engine() -> None:
         "seed": 7, "max_tokens": 5, "min_tokens": 2, "temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.125,
         "presence_penalty": -1.0, "frequency_penalty": 1.5, "repetition_penalty": 1.25, "logit_bias": {"3": -2.0},
         "allowed_token_ids": [5, 4, 5], "stop_token_ids": [9, 8], "ignore_eos": True, "logprobs": 2,
-        "prompt_logprobs": 4, "typical_p": 0.75, "xtc_probability": 0.5, "xtc_threshold": 0.25,
+        "prompt_logprobs": 4, "logprob_token_ids": [7, 6], "repetition_penalty_range": 9, "temperature_last": True,
+        "typical_p": 0.75, "xtc_probability": 0.5, "xtc_threshold": 0.25,
     }  # fmt: skip
     assert set(values) | {"bad_words"} == {field.name for field in dataclasses.fields(SamplingParams)} - MADE
-    lists = {"logit_bias": ((3, -2.0),), "allowed_token_ids": (4, 5), "stop_token_ids": (8, 9)}
+    lists = {
+        "logit_bias": ((3, -2.0),),
+        "allowed_token_ids": (4, 5),
+        "stop_token_ids": (8, 9),
+        "logprob_token_ids": (6, 7),
+    }
     assert parse(prompt="a", **values).params == SamplingParams(**{**values, **lists})
 
 

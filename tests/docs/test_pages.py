@@ -42,6 +42,14 @@ def test_the_tables_of_commands_and_settings_are_those_of_the_program() -> None:
     assert made.stdout == page.read_text("utf-8")
 
 
+def test_the_tables_of_other_servers_fields_are_those_of_the_code() -> None:
+    """If this fails: python scripts/document_clients.py"""
+    page = ROOT / "docs" / "clients.md"
+    command = [sys.executable, "scripts/document_clients.py", "--print"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert made.stdout == page.read_text("utf-8")
+
+
 def test_the_tables_of_metrics_and_alerts_are_those_of_the_code() -> None:
     """If this fails: python scripts/document_metrics.py"""
     page = ROOT / "docs" / "observability.md"

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from model.dry import DryParams
+from model.logits import adjust
 from model.request_tables import make_tables
 from model.sampling import sample, token_logprobs
 from model.sampling_params import SamplingParams
@@ -98,6 +99,52 @@ def test_repetition_penalty_counts_prompt_and_output() -> None:
     expected = warped(values, RepetitionPenaltyLogitsProcessor(1.7), ids=[1, 2, 3, 3])
     got = distribution(values, prompt=[1, 2], output=[3, 3], repetition_penalty=1.7)
     np.testing.assert_allclose(got, expected, atol=1.5e-4)
+
+
+@pytest.mark.parametrize("last", [1, 3, 5, 100])
+def test_a_range_lets_the_penalties_see_the_latest_tokens_alone(last: int) -> None:
+    values, prompt, output = logits(), [5, 7, 7, 9], [3, 5, 3]
+    for fields in ({"repetition_penalty": 1.3}, {"presence_penalty": 0.5, "frequency_penalty": 0.7}):
+        seen = [*prompt, *output][-last:]
+        short = row(prompt=seen[: max(0, len(seen) - 3)], output=output[-last:], **fields)
+        ranged = row(prompt=prompt, output=output, repetition_penalty_range=last, **fields)
+        assert torch.equal(adjust(values, [ranged]), adjust(values, [short]))
+
+
+@pytest.mark.parametrize("params", [
+    {"temperature": 0.5, "top_p": 0.8}, {"temperature": 1.7, "min_p": 0.1, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"temperature": 2.0, "top_k": 4}, {"temperature": 0.7},
+])  # fmt: skip
+def test_the_temperature_comes_last_where_it_is_asked_to(params: dict[str, Any]) -> None:
+    values = logits()
+    processors: list[LogitsProcessor] = []
+    if "min_p" in params:
+        processors.append(MinPLogitsWarper(params["min_p"]))
+    if "top_k" in params:
+        processors.append(TopKLogitsWarper(params["top_k"]))
+    if "top_p" in params:
+        processors.append(TopPLogitsWarper(params["top_p"]))
+    expected = warped(values, *processors, TemperatureLogitsWarper(params["temperature"]))
+    got = distribution(values, 4_000, temperature_last=True, **params)
+    np.testing.assert_allclose(got, expected, atol=6e-4)
+
+
+@pytest.mark.parametrize("top_k", [None, 30, 400])
+def test_min_p_comes_after_top_p_where_it_is_asked_to(top_k: int | None) -> None:
+    values = logits(seed=3) / 2
+    before = [] if top_k is None else [TopKLogitsWarper(top_k)]
+    expected = warped(values, *before, TopPLogitsWarper(0.6), MinPLogitsWarper(0.25))
+    assert (expected > 0).sum() < (warped(values, *before, TopPLogitsWarper(0.6)) > 0).sum()
+    got = distribution(values, 4_000, top_k=top_k, top_p=0.6, min_p=0.25, min_p_last=True)
+    np.testing.assert_allclose(got, expected, atol=6e-4)
+
+
+def test_the_named_tokens_are_scored_in_place_of_the_likeliest() -> None:
+    values = logits()
+    _, (scored,) = sample(values, [row(0.5, logprobs=3, logprob_token_ids=(7, 400))])
+    assert scored is not None
+    raw = values[0].log_softmax(-1)
+    assert scored.top == [(7, raw[7].item()), (400, raw[400].item())]
 
 
 def test_presence_and_frequency_penalties_follow_openais_formula() -> None:

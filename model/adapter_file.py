@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.adapter_config import SITES, WEIGHTS_FILE, AdapterConfig, read_adapter_config
+from model.adapter_config import PICKLED_FILE, SITES, WEIGHTS_FILE, AdapterConfig, read_adapter_config
 from model.adapters import LowRank, Site
 from model.config import ModelConfig
-from model.errors import AdapterError
+from model.conversion.apart import read_pickled_tensors
+from model.errors import AdapterError, ConversionError
 from model.files import ADAPTER_BYTES, check_safetensors
 from model.weights import FLOATS, expected_shapes
 
@@ -98,10 +100,23 @@ def check_pairs(tensors: AdapterTensors, config: ModelConfig) -> None:
 
 
 def _stored(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor by its name in the file, in fp32."""
-    check_safetensors(directory / WEIGHTS_FILE, ADAPTER_BYTES, AdapterError)
+    """Each tensor by its name in the file, in fp32. A pickled file is rewritten first, by a process of its own."""
+    if (directory / WEIGHTS_FILE).exists() or not (directory / PICKLED_FILE).exists():
+        yield from _tensors(directory / WEIGHTS_FILE)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        rewritten = Path(scratch) / WEIGHTS_FILE
+        try:
+            read_pickled_tensors(directory / PICKLED_FILE, rewritten)
+        except ConversionError as error:
+            raise AdapterError(str(error)) from None
+        yield from _tensors(rewritten)
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    check_safetensors(path, ADAPTER_BYTES, AdapterError)
     try:
-        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 tensor = file.get_tensor(name)
                 if tensor.dtype not in FLOATS:

@@ -6,6 +6,7 @@ ModelError
 ├── TokenizerError    the vocabulary files are missing or contradict the model
 ├── DeviceError       the device is not there, has too little memory, or cannot do the dtype
 ├── AdapterError      a LoRA adapter is damaged, does not fit the model, or asks for what is not served
+├── ConversionError   a model of another format is damaged, hostile or not read, or the result cannot be written
 ├── TemplateRefused   a chat template is none, or does not take the messages
 ├── JobError          a training job asks for something that cannot be
 ├── DataError         lines of training data are bad, or there are none
@@ -43,6 +44,10 @@ class GrammarError(ModelError):
 
 
 class AdapterError(ModelError):
+    pass
+
+
+class ConversionError(ModelError):
     pass
 
 

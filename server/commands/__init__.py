@@ -14,6 +14,7 @@ COMMANDS = {
     "complete": "complete a text here, without a server",
     "bench": "load a server, and say how fast it answers",
     "fetch": "bring a model here from the Hugging Face Hub",
+    "convert": "rewrite a model of another format in the one that is served",
     "check": "say what a model is and needs, or why it cannot be served",
     "fine-tune": "train a model, or an adapter for it, on examples",
     "distill": "train a smaller model to say what a larger one would",

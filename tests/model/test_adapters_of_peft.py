@@ -150,6 +150,20 @@ def test_what_peft_computes_is_what_is_served(name: str, base: Base, tmp_path: P
     assert (plain - theirs).abs().max() > 0.01, "the adapter changes what is said"
 
 
+def test_a_pickled_adapter_is_served_and_a_hostile_one_is_not(base: Base, tmp_path: Path) -> None:
+    trained(base, LoraConfig(target_modules=["c_attn"]), tmp_path)
+    theirs = log_probabilities_of_peft(base, tmp_path)[:-1]
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    ours = log_probabilities_served(base, tmp_path)
+    known = ~ours.isnan()
+    torch.testing.assert_close(ours[known], theirs[known], atol=1e-4, rtol=0)
+    torch.save({"a": print}, tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="asks for print, which is no tensor"):
+        log_probabilities_served(base, tmp_path)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_understood_is_refused_by_name(name: str, base: Base, tmp_path: Path) -> None:
     """By its description alone, which is read before any worker is started."""

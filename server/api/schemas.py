@@ -111,7 +111,7 @@ class CompletionBody(Wire):
     allowed_token_ids: TokenIds | None = Field(
         default=None, fail_fast=True, description="no other token can be sampled"
     )
-    priority: Integer = Field(default=0, ge=-(2**31), le=2**31 - 1, description="lower runs first")
+    priority: Integer = Field(default=0, ge=-(2**31), le=2**31 - 1, description="lower runs first, of one key")
     cache_salt: str | None = Field(
         default=None, min_length=1, max_length=256, description="cached prompts are shared within it only"
     )

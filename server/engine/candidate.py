@@ -82,6 +82,7 @@ def submission(request: GenerationRequest, candidates: Sequence[Candidate]) -> S
         prompts=list(prompts.values()),
         samples=[_sample(each, places[id(each.prompt)]) for each in candidates],
         priority=request.priority,
+        owner=request.key_name,
         salt=request.cache_salt,
         variant=None if request.variant is None else request.variant.key,
     )

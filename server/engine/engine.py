@@ -174,8 +174,9 @@ class Engine:
         if request.background:  # of which there are few at a time: they take nobody's place
             return
         self._refuse_spent(request.key_name)
-        queued = [each.request.prompt_tokens for each in self._queue()]
-        self._admission.check(request.prompt_tokens, queued, self._observer.tokens_per_second)
+        queued = [(each.request.key_name, each.request.prompt_tokens) for each in self._queue()]
+        rate = self._observer.tokens_per_second
+        self._admission.check(request.key_name, request.prompt_tokens, queued, rate)
 
     def _queue(self) -> Iterator[RunningGeneration]:
         return (each for each in self._generations if not each.started and not each.request.background)

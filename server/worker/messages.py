@@ -53,6 +53,7 @@ class Add(msgspec.Struct, frozen=True):
     seed: int | None = None  # in place of that of the parameters
     output: list[int] = []
     priority: int = 0  # lower runs first
+    owner: str = ""  # whose it is: owners have equal shares of the worker, and priorities order each one's own
     salt: bytes = b""  # prefix-cache entries are shared only among equal salts; those of a variant differ from others'
     variant: str | None = None  # the key of a Load before; None for the model itself
 
@@ -74,6 +75,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     prompts: list[list[int]]
     samples: list[Sample]
     priority: int = 0
+    owner: str = ""
     salt: bytes = b""
     variant: str | None = None
 
@@ -87,6 +89,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
                 seed=each.seed,
                 output=each.output,
                 priority=self.priority,
+                owner=self.owner,
                 salt=self.salt,
                 variant=self.variant,
             )

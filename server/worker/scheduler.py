@@ -15,6 +15,9 @@ may be found in the prefix cache as soon as the chunk that fills it is planned, 
 so that the n samples of one prompt start together and compute it once. Only full blocks are shared: the tail of a
 prompt, shorter than a block, is computed by each sibling, which costs less than copying blocks on write would in code.
 
+Owners (keys of the API) have equal shares, by tokens: see turns.py. A rank, and so a priority, orders an owner's own
+sequences.
+
 Sequences that nobody waits for (`background`) rank behind all others, and more: they give their seats and blocks to the
 first of the others that would have to wait for one, they rest in steps that compute prompts of others, and their own
 prompts get a small part of a step, so that a step which somebody comes to wait for is a short one.
@@ -39,9 +42,9 @@ from server.worker.messages import Add, FinishReason, SequenceOutput, Stats
 from server.worker.outputs import output, told, unseen
 from server.worker.sequence import Sequence, Status
 from server.worker.speculation import SpeculationController
+from server.worker.turns import PREEMPTIONS_BEFORE_RESERVE, Turns
 
 BACKGROUND_SHARE = 8  # one token in so many of a step's may be of prompts that nobody waits for
-PREEMPTIONS_BEFORE_RESERVE = 3  # then it gets all the blocks it may ever need at once, and is left alone
 
 _rank = attrgetter("rank")
 
@@ -73,6 +76,7 @@ class Scheduler:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.ageing_steps = ageing_steps
         self._speculation = speculation
+        self._turns = Turns(pool, max_num_seqs)
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -103,6 +107,8 @@ class Scheduler:
         self._arrivals += 1
         self._sequences[sequence.id] = sequence
         insort(self._waiting, sequence, key=_rank)
+        if not sequence.background:
+            self._turns.shares.joined(sequence.owner)
 
     def abort(self, sequence_id: int) -> None:
         """Drop a sequence in whatever phase it is. An id that is unknown, or known no more, is ignored."""
@@ -112,6 +118,8 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.id]
         self._leave(sequence, Status.FINISHED)
+        if not sequence.background:
+            self._turns.shares.left(sequence.owner)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take its blocks; it will be computed again, as far as they are not found in the cache by then."""
@@ -148,26 +156,32 @@ class Scheduler:
         added: list[NewSequence] = []
         for background in (False, True):
             prefills: list[Sequence] = []
-            for sequence in self._running.copy():  # oldest first; victims come from the other end
+            for sequence in self._turns.in_turn(self._running):  # oldest first; victims come from the other end
                 remaining = sequence.remaining if sequence.background is background else 0
                 if remaining > 1:
                     prefills.append(sequence)
                 elif remaining == 1 and budget > 0 and sequence.status is Status.RUNNING:
                     known = len(sequence.block_table)
-                    if self._grow(sequence):
+                    if self._grow(sequence, chunks):
                         chunks.append(self._chunk(sequence, 1, known))
                         budget -= 1
             decoding = len(chunks)
             left = min(budget, max(self.token_budget // BACKGROUND_SHARE, 1)) if background else budget
             budget -= left
-            for sequence in prefills:  # their blocks they have had since admission
-                if left > 0 and sequence.status is Status.RUNNING:
+            prefills = self._turns.in_turn(prefills)  # their blocks they have had since admission
+            admitting = self.preemptions == preemptions
+            while left > 0 and (prefills or admitting):
+                admitted = None
+                if admitting and (not prefills or self._turns.had_fewer(self._turns.first(self._waiting), prefills[0])):
+                    admitted = self._admit(background)
+                    admitting = admitted is not None
+                if admitted is not None:
+                    added.append(_for_runner(admitted))
+                    chunks.append(self._chunk(admitted, min(admitted.remaining, left), 0))
+                    left -= chunks[-1].count
+                elif prefills and (sequence := prefills.pop(0)).status is Status.RUNNING:
                     chunks.append(self._chunk(sequence, min(sequence.remaining, left), len(sequence.block_table)))
                     left -= chunks[-1].count
-            while left > 0 and self.preemptions == preemptions and (admitted := self._admit(background)) is not None:
-                added.append(_for_runner(admitted))
-                chunks.append(self._chunk(admitted, min(admitted.remaining, left), 0))
-                left -= chunks[-1].count
             budget += left
             if len(chunks) > decoding:  # somebody waits for a first token: the step shall be no longer than that takes
                 break
@@ -179,33 +193,32 @@ class Scheduler:
         removed, self._removed = self._removed, []
         return StepPlan(removed=removed, added=added, chunks=chunks)
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Make room for one more token, if need be at the cost of the newest. False if that was the sequence itself."""
+    def _grow(self, sequence: Sequence, chunks: list[ScheduledChunk]) -> bool:
+        """Make room for one more token, if need be at the cost of the newest. False if that was the sequence itself.
+
+        chunks: of this plan. Whoever has one keeps its blocks: another's chunk may not write what this one writes.
+        """
         if sequence.total <= len(sequence.block_table) * self.pool.block_size:
             return True
         while self.pool.num_free == 0:
-            victim = next(s for s in reversed(self._running) if self._yields(s, sequence))
+            victim = self._turns.victim(self._running, sequence, chunks)
             self._preempt(victim)
             if victim is sequence:
                 return False
         sequence.block_table += self.pool.allocate(1)
         return True
 
-    @staticmethod
-    def _yields(sequence: Sequence, to: Sequence) -> bool:
-        """Whether it may be preempted for another's sake, or its own."""
-        return sequence.preemptions < PREEMPTIONS_BEFORE_RESERVE or (sequence.background and not to.background)
-
     def _make_way(self) -> None:
         """Until the first of the queue has a seat and blocks, or nobody is left who has to give up his."""
-        while (
-            self._running
-            and self._running[-1].background
-            and self._waiting
-            and not self._waiting[0].background
-            and not (self._has_seat and self._fits(self._waiting[0]))
-        ):
-            self._preempt(self._running[-1])
+        while (first := self._turns.first(self._waiting)) is not None and not first.background:
+            if self._has_seat and self._fits(first):
+                return
+            if self._running and self._running[-1].background:
+                self._preempt(self._running[-1])
+            elif (victim := self._turns.beyond_its_share(self._running, first, seat=not self._has_seat)) is not None:
+                self._preempt(victim)
+            else:
+                return
 
     @property
     def _has_seat(self) -> bool:
@@ -223,16 +236,16 @@ class Scheduler:
 
     def _admit(self, background: bool) -> Sequence | None:
         """Start the first of the queue, if it is of this kind and there is a seat and blocks for all its tokens."""
-        if not self._has_seat or not self._waiting or self._waiting[0].background is not background:
+        sequence = self._turns.first(self._waiting) if self._has_seat else None
+        if sequence is None or sequence.background is not background:
             return None
-        sequence = self._waiting[0]
         if sequence.in_flight:  # preempted while a plan was to sample its next token: wait for that
             return None
         cached = self._cached_blocks(sequence)
         need = self._room(sequence, cached)
         if need is None:
             return None
-        del self._waiting[0]
+        del self._waiting[bisect_left(self._waiting, sequence.rank, key=_rank)]
         insort(self._running, sequence, key=_rank)
         self.pool.share(cached)
         sequence.status = Status.RUNNING
@@ -259,6 +272,8 @@ class Scheduler:
         """Hand a sequence `count` tokens of the budget; the runner knows the first `known_blocks` of its table."""
         start = sequence.computed
         sequence.computed += count
+        if not sequence.background:
+            self._turns.shares.charge(sequence.owner, count)
         samples = sequence.samples and sequence.computed == sequence.total
         self._register(sequence)
         sequence.in_flight += samples

@@ -34,6 +34,7 @@ class Sequence:
     choice: int
     seed: int
     rank: tuple[int, int]  # the lowest runs first and is preempted last
+    owner: str
     salt: bytes
     variant: str | None = None
     background: bool = False  # nobody waits for it: it makes way
@@ -67,6 +68,7 @@ class Sequence:
             choice=message.choice,
             seed=params.seed if message.seed is None else message.seed,
             rank=rank,
+            owner=message.owner,
             salt=message.salt,
             variant=message.variant,
             background=message.priority >= BACKGROUND,

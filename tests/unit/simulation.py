@@ -7,6 +7,7 @@ holds anything but its own sequence's past, under its own salt, is caught in the
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from random import Random
 
@@ -22,8 +23,9 @@ from model.step import (
 )
 from server.worker.block_pool import BlockPool
 from server.worker.messages import BACKGROUND, Add, FinishReason, SequenceOutput
-from server.worker.scheduler import PREEMPTIONS_BEFORE_RESERVE, Scheduler
+from server.worker.scheduler import Scheduler
 from server.worker.speculation import SpeculationController
+from server.worker.turns import PREEMPTIONS_BEFORE_RESERVE
 
 EOS = 0
 VOCABULARY = 12
@@ -173,7 +175,9 @@ class Simulation:
         caching: bool = True,
         depth: int = 1,
         speculation: SpeculationController | None = None,
+        owners: Collection[str] = ("",),
     ) -> None:
+        self.owners = tuple(owners)
         self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching=caching)
         self.scheduler = Scheduler(
             self.pool,
@@ -275,25 +279,30 @@ class Simulation:
         if preempted and plan.added:  # somebody who waits was made way for
             made_way = [id_ for id_ in plan.removed if id_ in self.live]
             assert made_way, "admitted in a step that preempted"
-            assert all(self._background(id_) for id_ in made_way), "a sequence that somebody waits for made way"
+            own = {self.live[new.id].message.owner for new in plan.added}
+            made_way = [id_ for id_ in made_way if self.live[id_].message.owner in own]
+            assert all(self._background(id_) for id_ in made_way), "made way for a sequence of its own owner"
             assert not any(self._background(new.id) for new in plan.added), "made way for what nobody waits for"
         self._check_order(plan, preempted)
 
     def _check_order(self, plan: StepPlan, preempted: bool) -> None:
-        """First come, first served within a priority; no overtaking for longer than ageing allows; newest out first."""
-        waiting = [self.live[id_].order for id_ in self.live.keys() - self.running]
+        """Of one owner: first come, first served within a priority; no overtaking for longer than ageing allows; newest
+        out first."""
+        waiting = [self.live[id_] for id_ in self.live.keys() - self.running]
         for new in plan.added:
             client = self.live[new.id]
             client.admissions += 1
             assert client.admissions <= 1 + PREEMPTIONS_BEFORE_RESERVE or self._background(new.id)
-            assert all(client.order < order for order in waiting), "overtook one that waits"
+            rivals = [each.order for each in waiting if each.message.owner == client.message.owner]
+            assert all(client.order < order for order in rivals), "overtook one that waits"
         if not preempted:
             return
-        out = [self.live[id_].order for id_ in plan.removed if id_ in self.live]
+        out = [self.live[id_] for id_ in plan.removed if id_ in self.live]
         for chunk in plan.chunks:
             client = self.live[chunk.id]
             spared = client.admissions > PREEMPTIONS_BEFORE_RESERVE
-            assert spared or all(client.order < order for order in out), "preempted the wrong one"
+            rivals = [each.order for each in out if each.message.owner == client.message.owner]
+            assert spared or all(client.order < order for order in rivals), "preempted the wrong one"
 
     def _background(self, id_: int) -> bool:
         return self.live[id_].message.priority >= BACKGROUND

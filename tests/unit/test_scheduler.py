@@ -11,7 +11,8 @@ from model.sampling_params import SamplingParams
 from model.step import NewSequence, SampledToken, ScheduledChunk, StepPlan, StepResult
 from server.worker.block_pool import BlockPool
 from server.worker.messages import BACKGROUND, Add, FinishReason, SequenceOutput
-from server.worker.scheduler import PREEMPTIONS_BEFORE_RESERVE, Scheduler
+from server.worker.scheduler import Scheduler
+from server.worker.turns import PREEMPTIONS_BEFORE_RESERVE
 
 
 def params(max_tokens: int, **fields: Any) -> SamplingParams:

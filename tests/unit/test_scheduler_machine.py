@@ -32,18 +32,20 @@ def family(sim: Simulation, random: Random, siblings: int) -> None:
         "ignore_eos": random.random() < 0.7,
         "prompt_logprobs": 1 if scored else None,
     }
+    owner = random.choice(sim.owners)
     priority, salt = random.choice([0, 0, 0, 1, -1, 2, BACKGROUND]), random.choice([b"", b"", b"a"])
     for choice in range(siblings):
         whole = Add(id=0, prompt=prompt, params=SamplingParams(**params), choice=choice, salt=salt)  # type: ignore[arg-type]
         output, _ = alone(whole, sim.scheduler.max_model_len)
         kept = random.randrange(len(output)) if output and not scored and random.random() < 0.1 else 0
-        sim.add(prompt, whole.params, choice=choice, output=output[:kept], priority=priority, salt=salt)
+        sim.add(prompt, whole.params, choice=choice, output=output[:kept], priority=priority, owner=owner, salt=salt)
 
 
 def new_simulation(random: Random) -> Simulation:
     block_size = random.choice([1, 2, 3, 4, 8])
     least = -(-MAX_MODEL_LEN // block_size)
     return Simulation(
+        owners=random.choice(["", "", "ab", "abc"]) or ("",),
         num_blocks=least + random.choice([0, 1, least // 2, least, 3 * least]),
         block_size=block_size,
         max_num_seqs=random.choice([1, 4, 12, 12, 12]),

@@ -116,6 +116,9 @@ def test_a_row_does_not_feel_its_neighbours() -> None:
         {"min_tokens": 1},
         {"typical_p": 0.9},
         {"xtc_probability": 0.5},
+        {"temperature_last": True},
+        {"min_p_last": True},
+        {"logprob_token_ids": (5,)},
     ],
     ids=lambda fields: next(iter(fields)),
 )
@@ -127,9 +130,18 @@ def test_what_needs_more_than_numbers_is_left_to_others(fields: dict[str, Any]) 
 def test_every_sampling_field_is_either_decided_here_or_known_not_to_matter() -> None:
     """A field that is new to SamplingParams must be thought about here."""
     decided = {"seed", "temperature", "top_k", "top_p", "min_p"}
-    elsewhere = {"max_tokens", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "pooled"}
+    elsewhere = {
+        "max_tokens",
+        "stop_token_ids",
+        "ignore_eos",
+        "logprobs",
+        "prompt_logprobs",
+        "pooled",
+        "repetition_penalty_range",
+    }
     refused = {
         "min_tokens", "typical_p", "xtc_probability", "xtc_threshold", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "dry", "grammar",
+        "temperature_last", "min_p_last", "logprob_token_ids",
     }  # fmt: skip
     assert set(SamplingParams.__dataclass_fields__) == decided | elsewhere | refused

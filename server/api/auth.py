@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from dataclasses import replace
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -23,7 +24,8 @@ ANYONE = Caller()
 def caller_of(scope: Scope) -> Caller:
     caller = scope.get("caller", ANYONE)
     assert isinstance(caller, Caller)
-    return caller
+    client = scope.get("client")  # (host, port)
+    return replace(caller, address=client[0]) if client else caller
 
 
 class AuthMiddleware:

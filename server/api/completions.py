@@ -107,7 +107,7 @@ class CompletionService:
             self.engine.check_quota(caller.name)
         right = asked.body.truncation_side == "right"
         prompts = await encode(asked.prompts, self.tokenizer, asked.keep, keep_first=right)
-        params = await self._params(asked)
+        params = await self._params(asked, caller.client)
         explicit = asked.body.max_tokens is not None
         try:
             params = fit(prompts, params, self.limits, explicit=explicit, alike=asked.beam is not None)
@@ -125,7 +125,7 @@ class CompletionService:
         )
         return Answer(call, self.engine.submit(call), envelope, shape, asked.stream_options, self.running)
 
-    async def _params(self, asked: CompletionRequest) -> SamplingParams:
+    async def _params(self, asked: CompletionRequest, client: str) -> SamplingParams:
         """With what needs the vocabulary. Raises InvalidRequest or Overloaded."""
         params = await self.phrases.resolve(asked.params, asked.body)
         check_any_left(params, self.tokenizer.eos_token_ids, self.limits.vocab_size)
@@ -135,7 +135,7 @@ class CompletionService:
             param = asked.structure.param
             message = f"'{param}' needs a vocabulary that can write any text, as byte-level BPE; this model has none."
             raise InvalidRequest(message, param, "unsupported_parameter")
-        return replace(params, grammar=await self.grammars.compile(asked.structure))
+        return replace(params, grammar=await self.grammars.compile(asked.structure, client))
 
     def _call(
         self,

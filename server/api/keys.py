@@ -28,6 +28,12 @@ class Caller:
     """Whose request it is. Nobody in particular on a server without keys."""
 
     name: str = ""
+    address: str = ""  # where it came from
+
+    @property
+    def client(self) -> str:
+        """Among whom the server's work is shared: a key, or where there are none an address."""
+        return self.name or self.address
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,12 +30,12 @@ from panels import (
 )
 
 OVERVIEW = [
-    stat("Calls in flight", gauge("requests_in_flight"), text="Requests admitted that have not ended"),
+    stat("Requests in flight", gauge("requests_in_flight"), text="Requests admitted that have not ended"),
     stat("Tokens out / s", rate("generation_tokens")),
     stat("Tokens in / s", rate("prompt_tokens"), text="Those found in the prefix cache too"),
     stat("First token, p95", quantile(0.95, "time_to_first_token_seconds"), "s"),
     stat("Next token, p95", quantile(0.95, "inter_token_latency_seconds"), "s"),
-    stat("Workers", gauge("engine_up"), text="That are there and can compute"),
+    stat("Workers", gauge("engine_up"), text="That are there, asleep or awake"),
     Panel(title="HTTP answers / s", shows={"{{status}}": rate("http_requests", "status")}, unit="reqps", stacked=True),
     Panel(
         title="Requests ended / s",
@@ -146,6 +146,7 @@ REQUESTS = [
         title="Means",
         shows={
             "prompt tokens": mean("request_prompt_tokens"),
+            "computed of these": mean("request_prefill_kv_computed_tokens"),
             "tokens generated": mean("request_generation_tokens"),
             "longest sample": mean("request_max_num_generation_tokens"),
             "n": mean("request_params_n"),
@@ -168,11 +169,19 @@ REQUESTS = [
         shows={"{{source}}": rate("prompt_tokens_by_source", "source")},
         stacked=True,
     ),
+    Panel(
+        title="Prompt tokens found in a cache / s",
+        shows={
+            "all": rate("prompt_tokens_cached"),
+            "{{source}}": rate("prompt_tokens_cached_by_source", "source"),
+        },
+    ),
 ]
 
 BY_WORKER, WORKER = ("instance", "engine"), "{{instance}} {{engine}}"
 WORKERS = [
     Panel(title="Up", shows={WORKER: gauge("engine_up", *BY_WORKER)}, most=1),
+    Panel(title="Asleep or awake", shows={"{{sleep_state}}": gauge("engine_sleep_state", "sleep_state")}, stacked=True),
     Panel(title="Restarts / s", shows={WORKER: rate("worker_restarts", *BY_WORKER)}),
     Panel(
         title="Since the last step",

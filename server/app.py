@@ -8,10 +8,9 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
 from model.tokenizer import Tokenizer
-from server.api.auth import OPEN_PATHS, AuthMiddleware, OriginMiddleware
+from server.api.auth import METHODS, OPEN_PATHS, AuthMiddleware, OriginMiddleware, PreflightMiddleware
 from server.api.chat import chat_routes
 from server.api.chat_template import ChatTemplate
 from server.api.completions import CompletionService, completion_routes
@@ -119,9 +118,10 @@ def create_app(
     app.add_middleware(OriginMiddleware, allowed=frozenset(cors_origins))
     if cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            PreflightMiddleware,
             allow_origins=list(cors_origins),
-            allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
+            allow_methods=METHODS,
+            allow_private_network=True,  # a page that is let in may ask a server of this machine or network
             allow_headers=["*"],
             expose_headers=list(EXPOSED_HEADERS),
         )

@@ -104,6 +104,20 @@ class Overloaded(TryLater):
     """The queue is full, or no worker is ready yet."""
 
 
+class Asleep(Overloaded):
+    """An operator has put the workers to sleep."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is asleep; an operator has to wake it up (POST /wake_up).")
+
+
+class Loading(Overloaded):
+    """No worker has its weights yet."""
+
+    def __init__(self) -> None:
+        super().__init__("The model is still loading. Please try again shortly.")
+
+
 class StorageError(TryLater):
     """Files or the database cannot be read or written now."""
 

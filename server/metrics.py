@@ -48,6 +48,8 @@ class Finished(Enum):
 
 class Rejection(Enum):
     OVERLOADED = "overloaded"
+    ASLEEP = "asleep"
+    LOADING = "loading"
     DRAINING = "draining"
     RATE_LIMITED = "rate_limited"
 
@@ -86,6 +88,19 @@ class LineEnd(Enum):
 class Source(Enum):
     LOCAL_COMPUTE = "local_compute"
     LOCAL_CACHE_HIT = "local_cache_hit"
+
+
+class SleepState(Enum):
+    """vLLM's names."""
+
+    AWAKE = "awake"
+    WEIGHTS_OFFLOADED = "weights_offloaded"  # level 1; here the weights stay, and the KV pool is given back
+    DISCARD_ALL = "discard_all"  # level 2
+
+
+class CacheSource(Enum):
+    LOCAL_CACHE_HIT = "local_cache_hit"
+    EXTERNAL_KV_TRANSFER = "external_kv_transfer"  # vLLM knows caches outside the server; here there are none
 
 
 class BlockState(Enum):
@@ -154,7 +169,10 @@ class Metrics:
         )
         labels = ("engine", "block_size", "num_gpu_blocks")
         self.cache_config = gauge("cache_config_info", "Constant 1: the KV cache's size in blocks", labels)
-        self.up = gauge("engine_up", "Whether a worker is there, has its weights and can compute", engines)
+        self.up = gauge("engine_up", "Whether a worker is there, asleep or awake", engines)
+        self.sleep_state = gauge(
+            "engine_sleep_state", "1 for the state that a worker is in", {**engines, "sleep_state": _values(SleepState)}
+        )
         self.heartbeat = gauge("engine_heartbeat_timestamp_seconds", "When a worker last finished a step", engines)
         self.restarts = counter("worker_restarts", "Workers lost, each of which is replaced", engines)
         self.step_seconds = self._histograms("engine_step_seconds", "One step of a worker", engines, LATENCY)
@@ -175,11 +193,15 @@ class Metrics:
         )  # fmt: skip
 
     def _declare_requests(self) -> None:
-        """A request is counted when it is admitted, and once more, under its reason, when it ends."""
+        """A request is counted when it is admitted, and once more, under its reason, when it ends.
+
+        engine: the worker that computed it last; 0 where none did.
+        """
+        engines = {"engine": self._engines}
         self.requests = self._counter("requests", "Requests admitted")
         self.in_flight = self._gauge("requests_in_flight", "Requests admitted that have not ended")
         self.success = self._counters(
-            "request_success", "Requests ended, by how", {"finished_reason": _values(Finished)}
+            "request_success", "Requests ended, by how", {**engines, "finished_reason": _values(Finished)}
         )
         self.aborts = self._counters(
             "request_aborts", "Requests whose clients left, by how far they had come", {"phase": _values(Phase)}
@@ -192,35 +214,49 @@ class Metrics:
         self.batch_lines = self._counters(
             "batch_lines", "Lines of /v1/batches that have their outcome", {"outcome": _values(LineEnd)}
         )
-        self.params_n = self._histogram("request_params_n", "n of a call", SAMPLES)
-        self.params_max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request", TOKENS)
+        self.params_n = self._histograms("request_params_n", "n of a call that ended", engines, SAMPLES)
+        self.params_max_tokens = self._histograms(
+            "request_params_max_tokens", "max_tokens of a request", engines, TOKENS
+        )
 
     def _declare_tokens(self) -> None:
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that got their first output")
-        self.prompt_tokens_by_source = self._counters(
-            "prompt_tokens_by_source", "Where they came from", {"source": _values(Source)}
+        engines = {"engine": self._engines}
+        counter, histogram = self._counters, self._histograms
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that got their first output", engines)
+        self.prompt_tokens_by_source = counter(
+            "prompt_tokens_by_source", "Where they came from", {**engines, "source": _values(Source)}
         )
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
-        self.key_tokens = self._counters("key_tokens", "Usage told to calls that ended, by key", ("key", "kind"))
-        self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a request", TOKENS)
-        self.request_generation_tokens = self._histogram(
-            "request_generation_tokens", "Tokens generated for a request", TOKENS
+        self.prompt_tokens_cached = counter("prompt_tokens_cached", "Those found in a cache", engines)
+        self.prompt_tokens_cached_by_source = counter(
+            "prompt_tokens_cached_by_source", "In which cache", {**engines, "source": _values(CacheSource)}
         )
-        self.max_generation_tokens = self._histogram(
-            "request_max_num_generation_tokens", "The longest of a call's samples", TOKENS
+        self.generation_tokens = counter("generation_tokens", "Tokens generated", engines)
+        self.key_tokens = counter("key_tokens", "Usage told to calls that ended, by key", ("key", "kind"))
+        self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request", engines, TOKENS)
+        self.request_prefill_computed = histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens of a request that no cache had", engines, TOKENS
+        )
+        self.request_generation_tokens = histogram(
+            "request_generation_tokens", "Tokens generated for a request", engines, TOKENS
+        )
+        self.max_generation_tokens = histogram(
+            "request_max_num_generation_tokens", "The longest of a call's samples", engines, TOKENS
         )
 
     def _declare_latencies(self) -> None:
         """Of requests. All but the first two are told when a request ends, as far as it came."""
-        histogram = self._histogram
-        self.ttft = histogram("time_to_first_token_seconds", "Arrival to the first token", LATENCY)
-        self.itl = histogram("inter_token_latency_seconds", "Between two tokens", LATENCY)
-        self.tpot = histogram("request_time_per_output_token_seconds", "A request's mean time between tokens", LATENCY)
-        self.e2e = histogram("e2e_request_latency_seconds", "Arrival to the end", LATENCY)
-        self.queue_time = histogram("request_queue_time_seconds", "Arrival to the first step", LATENCY)
-        self.prefill_time = histogram("request_prefill_time_seconds", "First step to the first token", LATENCY)
-        self.decode_time = histogram("request_decode_time_seconds", "First token to the last", LATENCY)
-        self.inference_time = histogram("request_inference_time_seconds", "First step to the last token", LATENCY)
+
+        def histogram(name: str, text: str) -> Family[Histogram]:
+            return self._histograms(name, text, {"engine": self._engines}, LATENCY)
+
+        self.ttft = histogram("time_to_first_token_seconds", "Arrival to the first token")
+        self.itl = histogram("inter_token_latency_seconds", "Between two tokens")
+        self.tpot = histogram("request_time_per_output_token_seconds", "A request's mean time between tokens")
+        self.e2e = histogram("e2e_request_latency_seconds", "Arrival to the end")
+        self.queue_time = histogram("request_queue_time_seconds", "Arrival to the first step")
+        self.prefill_time = histogram("request_prefill_time_seconds", "First step to the first token")
+        self.decode_time = histogram("request_decode_time_seconds", "First token to the last")
+        self.inference_time = histogram("request_inference_time_seconds", "First step to the last token")
 
     def _declare_process(self, version: str) -> None:
         self.loop_lag = self._histogram(

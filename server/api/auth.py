@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import replace
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import error_response
 from server.api.keys import Caller, Keyring
-from server.errors import Forbidden, Unauthorized
+from server.errors import Forbidden, InvalidRequest, MethodNotAllowed, Unauthorized
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 MISSING = (
@@ -19,6 +22,7 @@ MISSING = (
 
 
 ANYONE = Caller()
+METHODS = ("GET", "POST", "DELETE", "OPTIONS")
 
 
 def caller_of(scope: Scope) -> Caller:
@@ -37,10 +41,13 @@ class AuthMiddleware:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open_paths or scope["method"] == "OPTIONS":
+        if scope["type"] != "http" or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
         key = _sent_key(scope)
+        if not key and scope["method"] == "OPTIONS":
+            await _answer_options()(scope, receive, send)
+            return
         if not key:
             await error_response(Unauthorized(MISSING))(scope, receive, send)
             return
@@ -51,6 +58,26 @@ class AuthMiddleware:
             return
         scope["caller"] = caller
         await self._app(scope, receive, send)
+
+
+def _answer_options() -> Response:
+    """The same for every path: a browser asks without a key, and learns of no route."""
+    response = error_response(MethodNotAllowed("Not allowed without a key.", code="method_not_supported"))
+    response.headers["allow"] = ", ".join(METHODS)
+    return response
+
+
+class PreflightMiddleware(CORSMiddleware):
+    """Says in an error object what a browser may not do."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        refusal = error_response(InvalidRequest(f"{bytes(response.body).decode()}."))
+        copied = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        refusal.headers.update(copied)
+        return refusal
 
 
 class OriginMiddleware:

@@ -122,4 +122,8 @@ def _log_answer(scope: Scope, request_id: str, status: int, seconds: float) -> N
 def _route(scope: Scope) -> str:
     """The template, never the path: label values come from our own constants."""
     path = getattr(scope.get("route"), "path", None)
-    return path if isinstance(path, str) else UNMATCHED
+    if isinstance(path, str):
+        return path
+    endpoint = scope.get("endpoint")  # all that the framework says of a route of its own, as /openapi.json
+    routes = scope["app"].routes if endpoint is not None else ()
+    return next((each.path for each in routes if getattr(each, "endpoint", None) is endpoint), UNMATCHED)

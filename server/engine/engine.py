@@ -27,9 +27,11 @@ from server.engine.request import GenerationRequest, Prompt
 from server.engine.router import Router
 from server.engine.variants import Variant, Variants
 from server.errors import (
+    Asleep,
     DeadlineExceeded,
     Draining,
     EngineError,
+    Loading,
     Overloaded,
     RateLimited,
     ServerError,
@@ -168,9 +170,9 @@ class Engine:
         if self._draining:
             raise Draining("The server is shutting down and takes no new requests.")
         if self.asleep:
-            raise Overloaded("The server is asleep; an operator has to wake it up (POST /wake_up).")
+            raise Asleep
         if self.worker is None or self._dead:
-            raise Overloaded("The model is still loading. Please try again shortly.")
+            raise Loading
         if request.background:  # of which there are few at a time: they take nobody's place
             return
         self._refuse_spent(request.key_name)
@@ -221,7 +223,8 @@ class Engine:
             generation.expiry.cancel()
         request, used = generation.request, generation.usage
         self._charge(request, used.prompt_tokens + used.completion_tokens - request.most_tokens)
-        self._observer.left(request, used, generation.longest)
+        worker = next((each.worker for each in generation.candidates), None)
+        self._observer.left(request, used, generation.longest, worker)
         for candidate in self._drop(generation):
             self._observer.aborted(candidate)
 
@@ -277,7 +280,7 @@ class Engine:
         stopped: list[Candidate] = []
         if step.work is not None:
             for id_ in step.work.admitted:
-                self._observer.started(id_, now - step.work.seconds)
+                self._observer.started(id_, worker, now - step.work.seconds)
         cleared = False
         for said in step.outputs:
             candidate, generation = self._running.get(said.id, (None, None))
@@ -320,6 +323,7 @@ class Engine:
             self._resting.add(worker)
         else:
             self._resting.discard(worker)
+        self._observer.slept(worker, self._sleep_level if slept.asleep else None)
 
     def worker_lost(self, worker: int, *, killed: bool) -> None:
         """What it computed goes to the others, if there are any, or waits for the one that takes its place.
@@ -352,7 +356,7 @@ class Engine:
         Raises Overloaded while workers sleep, and ModelError where the name is taken or the files cannot be served.
         """
         if self.asleep:
-            raise Overloaded("The server is asleep; an operator has to wake it up (POST /wake_up).")
+            raise Asleep
         variant = self.variants.add(name, directory, created, lazy=lazy)
         try:
             for channel in self._channels.values():

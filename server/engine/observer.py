@@ -12,10 +12,24 @@ from dataclasses import dataclass
 
 from server.engine.candidate import Candidate
 from server.engine.request import GenerationRequest, Usage
-from server.errors import Draining, RateLimited, TryLater
-from server.metrics import BlockState, Finished, Metrics, Part, Phase, Rejection, Source, TokenKind, WaitingFor
+from server.errors import Asleep, Draining, Loading, RateLimited, TryLater
+from server.metrics import (
+    BlockState,
+    CacheSource,
+    Finished,
+    Metrics,
+    Part,
+    Phase,
+    Rejection,
+    SleepState,
+    Source,
+    TokenKind,
+    WaitingFor,
+)
 from server.worker.messages import FinishReason, Ready, Stats, Work
 
+SLEEP = {1: SleepState.WEIGHTS_OFFLOADED, 2: SleepState.DISCARD_ALL}
+FIRST = "0"  # the worker that is named for what no worker computed
 RATE_WINDOW = 10.0  # seconds
 NO_KEY = "default"  # whose a call is on a server without keys
 FINISHED = {FinishReason.STOP: Finished.STOP, FinishReason.LENGTH: Finished.LENGTH}
@@ -26,6 +40,7 @@ class _Life:
     """When what happened to a request; None where it has not."""
 
     arrival: float
+    engine: str = FIRST  # the number of the worker that computed it last
     started: float | None = None  # its first step began
     first_token: float | None = None
     last_token: float = 0.0
@@ -61,6 +76,10 @@ class Observer:
         match refusal:
             case Draining():
                 reason = Rejection.DRAINING
+            case Asleep():
+                reason = Rejection.ASLEEP
+            case Loading():
+                reason = Rejection.LOADING
             case RateLimited():
                 reason = Rejection.RATE_LIMITED
             case _:
@@ -69,35 +88,37 @@ class Observer:
 
     def entered(self, request: GenerationRequest) -> None:
         self._metrics.key_requests(request.key_name or NO_KEY).inc()
-        self._metrics.params_n.observe(request.n)
 
-    def left(self, request: GenerationRequest, used: Usage, longest: int) -> None:
-        """longest: of its samples, in tokens."""
+    def left(self, request: GenerationRequest, used: Usage, longest: int, worker: int | None) -> None:
+        """longest: of its samples, in tokens. worker: of its first sample."""
+        engine = FIRST if worker is None else str(worker)
         key = request.key_name or NO_KEY
         self._metrics.key_tokens(key, TokenKind.PROMPT.value).inc(used.prompt_tokens)
         self._metrics.key_tokens(key, TokenKind.GENERATION.value).inc(used.completion_tokens)
-        self._metrics.max_generation_tokens.observe(longest)
+        self._metrics.params_n(engine).observe(request.n)
+        self._metrics.max_generation_tokens(engine).observe(longest)
 
     def admitted(self, candidate: Candidate) -> None:
         self._lives[candidate.id] = _Life(time.monotonic())
         self._metrics.requests.inc()
 
-    def started(self, candidate_id: int, at: float) -> None:
-        """It is in a step that began at that time. Told again when it resumes; then it is no news."""
+    def started(self, candidate_id: int, worker: int, at: float) -> None:
+        """It is in a step of the worker that began at that time. Told again when it resumes."""
         life = self._lives.get(candidate_id)
-        if life is not None and life.started is None:
-            life.started = max(at, life.arrival)
+        if life is not None:
+            life.engine = str(worker)
+            life.started = max(at, life.arrival) if life.started is None else life.started
 
     def token(self, candidate: Candidate, now: float) -> None:
         metrics, life = self._metrics, self._lives[candidate.id]
         if life.first_token is None:
             life.first_token = now
-            metrics.ttft.observe(now - life.arrival)
+            metrics.ttft(life.engine).observe(now - life.arrival)
             self._prompt_done(candidate)
         else:
-            metrics.itl.observe(now - life.last_token)
+            metrics.itl(life.engine).observe(now - life.last_token)
         life.last_token = now
-        metrics.generation_tokens.inc()
+        metrics.generation_tokens(life.engine).inc()
 
     def finished(self, candidate: Candidate, now: float) -> None:
         assert candidate.finish is not None
@@ -113,35 +134,48 @@ class Observer:
         self._end(candidate, Finished.ERROR, time.monotonic())
 
     def _prompt_done(self, candidate: Candidate) -> None:
-        self._metrics.prompt_tokens.inc(len(candidate.prompt.token_ids))
-        computed = len(candidate.prompt.token_ids) - candidate.cached_tokens
-        self._metrics.prompt_tokens_by_source(Source.LOCAL_COMPUTE.value).inc(computed)
-        self._metrics.prompt_tokens_by_source(Source.LOCAL_CACHE_HIT.value).inc(candidate.cached_tokens)
+        metrics, engine = self._metrics, self._lives[candidate.id].engine
+        cached = candidate.cached_tokens
+        computed = len(candidate.prompt.token_ids) - cached
+        metrics.prompt_tokens(engine).inc(computed + cached)
+        metrics.prompt_tokens_by_source(engine, Source.LOCAL_COMPUTE.value).inc(computed)
+        metrics.prompt_tokens_by_source(engine, Source.LOCAL_CACHE_HIT.value).inc(cached)
+        metrics.prompt_tokens_cached(engine).inc(cached)
+        metrics.prompt_tokens_cached_by_source(engine, CacheSource.LOCAL_CACHE_HIT.value).inc(cached)
+        metrics.request_prefill_computed(engine).observe(computed)
 
     def _end(self, candidate: Candidate, reason: Finished, now: float) -> None:
         metrics, life = self._metrics, self._lives.pop(candidate.id)
-        metrics.success(reason.value).inc()
-        metrics.e2e.observe(now - life.arrival)
-        metrics.request_prompt_tokens.observe(len(candidate.prompt.token_ids))
-        metrics.request_generation_tokens.observe(len(candidate.tokens))
-        metrics.params_max_tokens.observe(candidate.params.max_tokens)
+        engine = life.engine
+        metrics.success(engine, reason.value).inc()
+        metrics.e2e(engine).observe(now - life.arrival)
+        metrics.request_prompt_tokens(engine).observe(len(candidate.prompt.token_ids))
+        metrics.request_generation_tokens(engine).observe(len(candidate.tokens))
+        metrics.params_max_tokens(engine).observe(candidate.params.max_tokens)
         if life.started is not None:
-            metrics.queue_time.observe(life.started - life.arrival)
+            metrics.queue_time(engine).observe(life.started - life.arrival)
         if life.started is not None and life.first_token is not None:
             decoding = life.last_token - life.first_token
-            metrics.prefill_time.observe(life.first_token - life.started)
-            metrics.decode_time.observe(decoding)
-            metrics.inference_time.observe(life.last_token - life.started)
+            metrics.prefill_time(engine).observe(life.first_token - life.started)
+            metrics.decode_time(engine).observe(decoding)
+            metrics.inference_time(engine).observe(life.last_token - life.started)
             if len(candidate.tokens) > 1:
-                metrics.tpot.observe(decoding / (len(candidate.tokens) - 1))
+                metrics.tpot(engine).observe(decoding / (len(candidate.tokens) - 1))
 
     # === Workers ===
 
     def worker_ready(self, worker: int, ready: Ready) -> None:
         engine = str(worker)
         self._metrics.up(engine).set(1)
+        self.slept(worker, None)
         self._metrics.cache_config(engine, str(ready.block_size), str(ready.num_blocks)).set(1)
         self._metrics.kv_blocks(engine, BlockState.FREE.value).set(ready.num_blocks)
+
+    def slept(self, worker: int, level: int | None) -> None:
+        """level: None where it is awake."""
+        now = SleepState.AWAKE if level is None else SLEEP[level]
+        for state in SleepState:
+            self._metrics.sleep_state(str(worker), state.value).set(state is now)
 
     def stepped(self, worker: int, stats: Stats, work: Work | None) -> None:
         engine = str(worker)
@@ -162,6 +196,8 @@ class Observer:
         engine = str(worker)
         self._last_stats.pop(worker, None)
         self._metrics.up(engine).set(0)
+        for state in SleepState:
+            self._metrics.sleep_state(engine, state.value).set(0)
         self._metrics.restarts(engine).inc()
         self._show_books(engine, NO_BOOKS)
 

@@ -76,6 +76,16 @@ def test_every_answer_names_the_fields_that_it_ignored(api: Api, path: str, fiel
     assert "x-ignored-fields" not in api.post(path, **fields).headers
 
 
+def test_every_route_is_counted_by_its_own_name() -> None:
+    api = make_api(playground=True)
+    document = api.client.get("/openapi.json").json()["paths"]
+    paths = [path for path, methods in document.items() if "get" in methods and "{" not in path]
+    assert len(paths) > 8
+    for path in ("/openapi.json", "/", *paths):
+        api.client.get(path)
+        assert api.answers[-1][0] == path
+
+
 def test_tokenize_as_the_evaluation_harness_asks(api: Api) -> None:
     answer = api.post("/tokenize", prompt="test", add_special_tokens=False).json()
     assert (answer["tokens"], answer["token_strs"]) == (list(b"test"), None)

@@ -174,7 +174,28 @@ def test_21_cors_is_off_until_asked_for() -> None:
     allowed = client.options("/v1/completions", headers=preflight)
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == "https://a.example"
-    assert client.options("/v1/completions", headers={**preflight, "origin": "https://b.example"}).status_code == 400
+    strange = client.options("/v1/completions", headers={**preflight, "origin": "https://b.example"})
+    assert error_of(strange, 400)["message"] == "Disallowed CORS origin."
+
+
+def test_21_a_page_that_is_let_in_may_reach_a_private_network() -> None:
+    client = make_api(cors_origins=["https://a.example"]).client
+    asked = {"access-control-request-method": "POST", "access-control-request-private-network": "true"}
+    allowed = client.options("/v1/completions", headers={**asked, "origin": "https://a.example"})
+    assert (allowed.status_code, allowed.headers["access-control-allow-private-network"]) == (200, "true")
+    refused = client.options("/v1/completions", headers={**asked, "origin": "https://b.example"})
+    assert error_of(refused, 400)["type"] == "invalid_request_error"
+
+
+def test_21_options_tells_no_route_without_a_key() -> None:
+    client = make_api(keys={"a": "sk-first"}).client
+    answers = [client.options(path) for path in ("/v1/completions", "/v1/models", "/nowhere", "/tokenize")]
+    assert {(each.status_code, each.headers["allow"], each.text) for each in answers} == {
+        (405, "GET, POST, DELETE, OPTIONS", answers[0].text)
+    }
+    key = {"authorization": "Bearer sk-first"}
+    assert client.options("/nowhere", headers=key).status_code == 404
+    assert client.options("/v1/models", headers={"authorization": "Bearer sk-wrong"}).status_code == 401
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.0, "1"), (0.2, "1"), (7.01, "8"), (1e9, "60")])

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
@@ -24,7 +25,18 @@ from server.engine.request import GenerationRequest, Prompt
 from server.engine.variants import Variants
 from server.errors import Overloaded
 from server.metrics import PROCESS, Metrics
-from server.worker.messages import FinishReason, Ready, Received, Refused, SequenceOutput, Stats, Step, ToWorker, Work
+from server.worker.messages import (
+    FinishReason,
+    Ready,
+    Received,
+    Refused,
+    SequenceOutput,
+    Slept,
+    Stats,
+    Step,
+    ToWorker,
+    Work,
+)
 
 VARIANTS = Variants(read_config(EMBEDDED))
 TOKENIZER = ByteLevelTokenizer(
@@ -181,23 +193,31 @@ class World:
         assert told == used
         first_outputs = [each for each in self.everyone if each.tokens or each.finish is not None]
         assert got["gpt2_prompt_tokens_total"] == sum(len(each.prompt.token_ids) for each in first_outputs)
-        sources = [value for name, value in got.items() if name.startswith("gpt2_prompt_tokens_by_source")]
-        assert sum(sources) == got["gpt2_prompt_tokens_total"]
+        by_source = "gpt2_prompt_tokens_by_source_total source=local_"
+        computed, cached = got[by_source + "compute"], got[by_source + "cache_hit"]
+        assert computed + cached == got["gpt2_prompt_tokens_total"]
+        assert got["gpt2_prompt_tokens_cached_total"] == cached
+        assert got["gpt2_prompt_tokens_cached_by_source_total source=local_cache_hit"] == cached
+        assert got["gpt2_request_prefill_kv_computed_tokens_sum"] == computed
         up = sum(got[f"gpt2_engine_up engine={worker}"] for worker in range(WORKERS))
         assert up == len(self.up)
+        assert got["gpt2_engine_sleep_state sleep_state=awake"] == len(self.up)
 
 
 REASONS = ("stop", "length", "abort", "error")
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
-    """By name and labels, without the model's name and without buckets."""
-    found = {}
+    """By name and labels, without the model's name and without buckets; and of all workers together."""
+    found: dict[str, float] = {}
     for family in metrics.registry.collect():
         for sample in family.samples:
             labels = [f"{name}={value}" for name, value in sample.labels.items() if name != "model_name"]
             if "le" not in sample.labels:
                 found[" ".join([sample.name, *labels])] = sample.value
+                if "engine" in sample.labels:
+                    together = " ".join([sample.name, *(each for each in labels if not each.startswith("engine="))])
+                    found[together] = found.get(together, 0) + sample.value
     return found
 
 
@@ -255,26 +275,52 @@ def test_the_table_is_what_is_scraped() -> None:
         assert families[row.name.removesuffix("_total")].documentation == row.text
 
 
-VLLM_OVERVIEW = """
-    num_requests_running num_requests_waiting_by_reason kv_cache_usage_perc num_preemptions_total request_success_total
-    prompt_tokens_total prompt_tokens_by_source_total generation_tokens_total prefix_cache_hits_total
-    prefix_cache_queries_total time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds
-    request_time_per_output_token_seconds request_queue_time_seconds request_prefill_time_seconds
-    request_decode_time_seconds request_inference_time_seconds request_prompt_tokens request_generation_tokens
-"""
-VLLM_OTHERS = """
-    num_requests_waiting request_max_num_generation_tokens request_params_n request_params_max_tokens cache_config_info
-    spec_decode_num_drafts_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
-    spec_decode_num_accepted_tokens_per_pos_total
-"""
-NOT_OURS = """iteration_tokens_total external_prefix_cache_hits_total mm_cache_hits_total lora_requests_info"""
+def test_a_request_is_told_of_the_worker_that_computed_it() -> None:
+    async def live() -> None:
+        world = World()
+        world.ask(1, 1, 1, 9)
+        (worker,) = {each.worker for each in world.alive}
+        world.step(worker, [0], ends=True, tokens=3)
+        got = samples(world.metrics)
+        for name in ("generation_tokens_total", "time_to_first_token_seconds_count", "prompt_tokens_total"):
+            assert got[f"gpt2_{name} engine={worker}"] > got[f"gpt2_{name} engine={1 - worker}"] == 0
+        assert got[f"gpt2_request_success_total engine={worker} finished_reason=length"] == 1
+        world.leave(0)
+        await asyncio.sleep(0)
+        assert samples(world.metrics)[f"gpt2_request_params_n_count engine={worker}"] == 1
+
+    asyncio.run(live())
 
 
-def test_vllm_s_dashboards_find_what_they_ask_for() -> None:
-    """The names that its dashboards (of November 2026) query, after `s/vllm:/gpt2_/`; see docs/observability.md."""
-    ours = {row.name for row in Metrics("m", "0").table}
-    assert {f"gpt2_{name}" for name in (VLLM_OVERVIEW + VLLM_OTHERS).split()} <= ours
-    assert not {f"gpt2_{name}" for name in NOT_OURS.split()} & ours
+def test_a_refusal_is_counted_under_its_reason() -> None:
+    async def live() -> None:
+        metrics = Metrics("m", "0", WORKERS)
+        engine = Engine(
+            TOKENIZER, Admission(QUEUED, 1 << 16), Observer(metrics), workers=1, request_timeout=60, stall_timeout=60,
+            variants=VARIANTS,
+        )  # fmt: skip
+
+        def refused() -> dict[str, float]:
+            request = GenerationRequest(id="x", prompts=[Prompt([1], "")], params=SamplingParams(seed=1))
+            with pytest.raises(Overloaded):
+                engine.submit(request)
+            prefix = "gpt2_requests_rejected_total reason="
+            return {name.removeprefix(prefix): value for name, value in samples(metrics).items() if prefix in name}
+
+        assert {reason for reason, count in refused().items() if count} == {"loading"}
+        engine.worker_ready(0, Ready("scripted", 16, 64, 0.1), Channel())  # type: ignore[arg-type]
+        sleeping = asyncio.ensure_future(engine.sleep(1, abort=False))
+        await asyncio.sleep(0)
+        engine.worker_slept(0, Slept(True))
+        await sleeping
+        assert {reason for reason, count in refused().items() if count} == {"loading", "asleep"}
+        got = samples(metrics)
+        assert got["gpt2_engine_up engine=0"] == 1  # it does what it was told to
+        assert got["gpt2_engine_sleep_state engine=0 sleep_state=weights_offloaded"] == 1
+        assert got["gpt2_engine_sleep_state engine=0 sleep_state=awake"] == 0
+        assert refused()["overloaded"] == 0
+
+    asyncio.run(live())
 
 
 def test_two_servers_share_nothing() -> None:

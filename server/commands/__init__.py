@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": "load a server, and say how fast it answers",
     "fetch": "bring a model here from the Hugging Face Hub",
     "convert": "rewrite a model of another format in the one that is served",
+    "export": "write a model as other programs read it, or merge an adapter into it",
     "check": "say what a model is and needs, or why it cannot be served",
     "fine-tune": "train a model, or an adapter for it, on examples",
     "distill": "train a smaller model to say what a larger one would",

@@ -7,16 +7,22 @@ worker knows nothing of beams, and one that dies costs a step. Metrics see each 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from model.sampling_params import SamplingParams
 from model.step import TokenLogprobs
 from server.engine.candidate import Candidate
 from server.engine.generation import RunningGeneration
 from server.engine.output import ChoiceOutput
-from server.engine.request import BeamParams, EarlyStopping, GenerationRequest, Prompt, Usage
+from server.engine.request import BeamParams, ChoiceDelta, EarlyStopping, GenerationRequest, Prompt, Usage
 from server.worker.messages import FinishReason, SequenceOutput
+
+# What a beam would cost with one more token (minus its log-probability), then the beam's place and the token's rank
+# among those that may follow it, by which equals are ordered; and the token, and its own log-probability.
+Continuation = tuple[float, int, int, int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,7 @@ class BeamSearch:
     min_tokens: int
     ends: frozenset[int]  # tokens that finish a beam
     params: BeamParams
+    shown: int = 0  # of the most likely tokens at each place, so many are kept, to be told
     running: list[Beam] = field(default_factory=lambda: [Beam()])  # best first
     finished: list[tuple[float, Beam]] = field(default_factory=list)  # by score, best first; at most `width`
     done: bool = False
@@ -49,22 +56,40 @@ class BeamSearch:
         return self.width + len(self.ends)
 
     def advance(self, scores: list[TokenLogprobs]) -> None:
-        """scores: for each running beam, its `top` most likely next tokens."""
-        candidates = [
-            beam.extended(token, logprob, row.top)
-            for beam, row in zip(self.running, scores, strict=True)
-            for token, logprob in row.top
-            if token not in self.ends or len(beam.tokens) >= self.min_tokens
-        ]
-        candidates.sort(key=lambda beam: -beam.logprob)
+        """scores: for each running beam, its `top` most likely next tokens, in falling order.
+
+        Of these width x (width + ends) continuations only those are made that go on or finish.
+        """
         length = len(self.running[0].tokens) + 1
-        for beam in candidates[: self.width]:  # whatever ends further down is not good enough
-            if beam.tokens[-1] in self.ends or length == self.max_tokens:
-                self.finished.append((beam.logprob / length**self.params.length_penalty, beam))
+        shown = [row.top[: self.shown] for row in scores]
+        running: list[Beam] = []
+        for rank, (_, place, _, token, logprob) in enumerate(self._best_first(scores)):
+            if rank >= self.width and len(running) == self.width:
+                break
+            ends = token in self.ends
+            finishes = rank < self.width and (ends or length == self.max_tokens)  # further down is not good enough
+            goes_on = not ends and len(running) < self.width
+            if finishes or goes_on:
+                beam = self.running[place].extended(token, logprob, shown[place])
+                if finishes:
+                    self.finished.append((beam.logprob / length**self.params.length_penalty, beam))
+                if goes_on:
+                    running.append(beam)
         self.finished.sort(key=lambda scored: -scored[0])
         del self.finished[self.width :]
-        self.running = [beam for beam in candidates if beam.tokens[-1] not in self.ends][: self.width]
+        self.running = running
         self.done = length == self.max_tokens or not self.running or self._cannot_improve(length)
+
+    def _best_first(self, scores: list[TokenLogprobs]) -> Iterator[Continuation]:
+        return heapq.merge(*(self._continuations(place, row) for place, row in enumerate(scores)))
+
+    def _continuations(self, place: int, row: TokenLogprobs) -> Iterator[Continuation]:
+        """Of one beam, best first."""
+        beam = self.running[place]
+        may_end = len(beam.tokens) >= self.min_tokens
+        for rank, (token, logprob) in enumerate(row.top):
+            if may_end or token not in self.ends:
+                yield -(beam.logprob + logprob), place, rank, token, logprob
 
     def _cannot_improve(self, length: int) -> bool:
         if len(self.finished) < self.width:
@@ -100,6 +125,7 @@ class BeamGeneration(RunningGeneration):
                 min_tokens=request.params.min_tokens,
                 ends=ends,
                 params=request.beam,
+                shown=request.params.logprobs or 0,
             )
             for _ in request.prompts
         ]
@@ -154,13 +180,15 @@ class BeamGeneration(RunningGeneration):
         self.due += started
 
     def _tell(self, place: int) -> None:
-        """The n best beams of a prompt become its choices."""
-        prompt, search = self.request.prompts[place], self._searches[place]
+        """The n best beams of a prompt become its choices, which are written when they are read."""
+        search = self._searches[place]
         for k, (_, beam) in enumerate(search.finished[: self.request.n]):
-            output = self._output(prompt, place * self.request.n + k)
+            output = self._output(self.request.prompts[place], place * self.request.n + k)
             if self.request.echo:
                 self._deltas.put_nowait(output.echo(None))
-            ended = beam.tokens[-1] in search.ends
-            reason = FinishReason.STOP if ended else FinishReason.LENGTH
-            stop_token = beam.tokens[-1] if ended else None
-            self._deltas.put_nowait(output.push(list(beam.tokens), list(beam.rows), reason, stop_token))
+            self._deltas.put_nowait(partial(_written, output, beam, ended=beam.tokens[-1] in search.ends))
+
+
+def _written(output: ChoiceOutput, beam: Beam, *, ended: bool) -> ChoiceDelta:
+    reason = FinishReason.STOP if ended else FinishReason.LENGTH
+    return output.push(list(beam.tokens), list(beam.rows), reason, beam.tokens[-1] if ended else None)

@@ -27,7 +27,8 @@ class RunningGeneration:
         self.due = list(candidates)  # those the engine has yet to be told of; whoever takes them clears them
         self.expiry: asyncio.TimerHandle | None = None  # of the deadline, if it has one
         self._close: Callable[[RunningGeneration], None] | None = close
-        self._deltas: asyncio.Queue[ChoiceDelta | ServerError] = asyncio.Queue()
+        # A delta of much text is written when it is read, each in a turn of the event loop of its own.
+        self._deltas: asyncio.Queue[ChoiceDelta | Callable[[], ChoiceDelta] | ServerError] = asyncio.Queue()
         self._kept: dict[int, list[ChoiceDelta]] = {}  # of candidates that may yet lose
         self._unfinished = len(request.prompts) * request.n  # choices whose last delta was not read
 
@@ -86,6 +87,9 @@ class RunningGeneration:
         delta = await self._deltas.get()
         if isinstance(delta, ServerError):
             raise delta
+        if not isinstance(delta, ChoiceDelta):
+            await asyncio.sleep(0)
+            delta = delta()
         self._unfinished -= delta.finish_reason is not None
         return delta
 

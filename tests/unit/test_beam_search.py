@@ -7,9 +7,11 @@ import random
 from itertools import product
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.step import TokenLogprobs
-from server.engine.beam import BeamSearch
+from server.engine.beam import Beam, BeamSearch
 from server.engine.request import BeamParams, EarlyStopping
 
 VOCAB, END = 4, 3
@@ -62,6 +64,50 @@ def test_one_beam_is_greedy() -> None:
         scores = scores_after(tokens, 1)
         tokens = (*tokens, scores.index(max(scores)))
     assert run(make(1, 6, early_stopping=EarlyStopping.YES), 1).finished[0][1].tokens == tokens
+
+
+def naive_advance(search: BeamSearch, scores: list[TokenLogprobs]) -> tuple[list[Beam], list[tuple[float, Beam]]]:
+    """The running and the finished beams after a step, of all continuations sorted."""
+    length = len(search.running[0].tokens) + 1
+    candidates = [
+        beam.extended(token, logprob, row.top[: search.shown])
+        for beam, row in zip(search.running, scores, strict=True)
+        for token, logprob in row.top
+        if token not in search.ends or len(beam.tokens) >= search.min_tokens
+    ]
+    candidates.sort(key=lambda beam: -beam.logprob)
+    finished = [
+        (beam.logprob / length**search.params.length_penalty, beam)
+        for beam in candidates[: search.width]
+        if beam.tokens[-1] in search.ends or length == search.max_tokens
+    ]
+    both = sorted([*search.finished, *finished], key=lambda scored: -scored[0])
+    return [beam for beam in candidates if beam.tokens[-1] not in search.ends][: search.width], both[: search.width]
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_step_is_that_of_sorting_all_continuations(data: st.DataObject) -> None:
+    """Equal scores too: which of equals goes on decides every byte after it."""
+    ends = data.draw(st.frozensets(st.integers(0, 9), max_size=4))
+    search = BeamSearch(
+        width=data.draw(st.integers(1, 6)),
+        max_tokens=4,
+        min_tokens=data.draw(st.integers(0, 3)),
+        ends=ends,
+        params=BeamParams(length_penalty=data.draw(st.sampled_from([0.0, 1.0, -1.0]))),
+        shown=data.draw(st.integers(0, 3)),
+    )
+    likely = st.sampled_from([-0.5, -1.0, -1.5, -2.0, -math.inf])
+    while not search.done:
+        rows = []
+        for _ in search.running:
+            tokens = data.draw(st.permutations(range(10)))[: search.top]
+            logprobs = sorted((data.draw(likely) for _ in tokens), reverse=True)
+            rows.append(TokenLogprobs(logprobs[0], list(zip(tokens, logprobs, strict=True))))
+        running, finished = naive_advance(search, rows)
+        search.advance(rows)
+        assert (search.running, search.finished) == (running, finished)
 
 
 @pytest.mark.parametrize("seed", range(5))

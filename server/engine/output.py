@@ -7,11 +7,10 @@ their bytes), cut where a stop string says so; how they arrived, one by one or m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from model.step import TokenLogprobs
 from model.tokenizer import Tokenizer
 from server.engine.request import ChoiceDelta, GenerationRequest, Prompt, TokenInfo
+from server.engine.stops import StopMatch, StopMatcher
 from server.worker.messages import FinishReason
 
 LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON cannot say
@@ -27,59 +26,6 @@ class TokenTexts(dict[int, str]):
     def __missing__(self, token: int) -> str:
         text = self[token] = self._tokenizer.name(token)
         return text
-
-
-@dataclass(frozen=True, slots=True)
-class StopMatch:
-    text: str  # safe to show
-    stop: str | None = None  # the stop string that is complete
-
-
-class StopMatcher:
-    """Finds the stop string that completes first, keeping back only what may still become one."""
-
-    def __init__(self, stops: tuple[str, ...], *, keep: bool) -> None:
-        """`keep`: a match's own text is shown too."""
-        self._stops = stops
-        self._keep = keep
-        self._held = ""  # the longest suffix so far that is a proper prefix of a stop
-        self._immune = 0  # characters of _held in which no match may end (min_tokens)
-
-    def push(self, text: str, *, immune: bool = False) -> StopMatch:
-        if not self._stops:
-            return StopMatch(text)
-        buffer = self._held + text
-        if immune:
-            self._immune = len(buffer)
-        ends = [(self._end(buffer, stop), order) for order, stop in enumerate(self._stops)]
-        end, order = min((found for found in ends if found[0] >= 0), default=(-1, -1))
-        if end >= 0:
-            stop = self._stops[order]
-            self._held = ""
-            return StopMatch(buffer[: end if self._keep else end - len(stop)], stop)
-        shown = len(buffer) - max(_overlap(buffer, stop) for stop in self._stops)
-        self._held = buffer[shown:]
-        self._immune = max(0, self._immune - shown)
-        return StopMatch(buffer[:shown])
-
-    def flush(self) -> str:
-        held, self._held = self._held, ""
-        return held
-
-    def _end(self, buffer: str, stop: str) -> int:
-        """Where the first match ends, -1 for none."""
-        start = buffer.find(stop, max(0, self._immune + 1 - len(stop)))
-        return -1 if start < 0 else start + len(stop)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of text that is a proper prefix of stop."""
-    if not text:
-        return 0
-    size = stop.rfind(text[-1], 0, min(len(text), len(stop) - 1)) + 1
-    while size and not text.endswith(stop[:size]):
-        size = stop.rfind(text[-1], 0, size - 1) + 1
-    return size
 
 
 class ChoiceOutput:

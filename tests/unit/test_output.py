@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model.byte_level import ByteLevelTokenizer
 from model.sampling_params import SamplingParams
 from model.step import TokenLogprobs
-from server.engine.output import ChoiceOutput, StopMatcher, TokenTexts
+from server.engine.output import ChoiceOutput, TokenTexts
 from server.engine.request import ChoiceDelta, GenerationRequest, Prompt
+from server.engine.stops import StopMatcher, automaton
 from server.worker.messages import FinishReason
 
 EOS = 256
@@ -261,3 +262,25 @@ def test_every_token_has_its_row_once_however_they_come(
         return [row for delta in deltas for row in delta.tokens or ()]
 
     assert rows(bursts) == rows([])
+
+
+HOSTILE = ["a" * 256, "ab" * 128, "a" * 255 + "b", "b" + "a" * 255, "aab" * 85, "\n" * 256, " " * 255 + "x"]
+
+
+@pytest.mark.parametrize("text", ["a" * 4000, "ab" * 2000, "aab" * 1300, ("a" * 254 + "c") * 15, "\n" * 4000])
+def test_a_character_costs_the_same_however_hostile_the_stop_strings(text: str) -> None:
+    """In steps of the automaton: each character is one, and what it falls back it has come forward before."""
+    machine = automaton(tuple(HOSTILE))
+    steps, state = 0, 0
+    for character in text:
+        while state and character not in machine.next[state]:
+            state, steps = machine.fallback[state], steps + 1
+        state, steps = machine.next[state].get(character, 0), steps + 1
+    assert steps <= 2 * len(text)
+
+
+@given(st.text("ab", max_size=600), st.lists(st.text("ab", min_size=1, max_size=256), min_size=1, max_size=16))
+@settings(max_examples=50)
+def test_long_stop_strings_cut_where_the_first_completes(text: str, stops: list[str]) -> None:
+    deltas = run(choice(stop=tuple(stops)), list(text.encode()) or [97])
+    assert (text_of(deltas), deltas[-1].stop_reason) == cut(text or "a", tuple(stops))

@@ -17,7 +17,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.errors import JobError
 from model.training.job import Distillation
-from model.training.loss import CHUNK_ELEMENTS
+from model.training.loss import CHUNK_ELEMENTS, Tally
 from model.training.network import Network, Trace
 from model.training.packing import PADDING, Packed
 
@@ -63,17 +63,22 @@ def check_pair(teacher: ModelConfig, student: ModelConfig, job: Distillation) ->
 class Distiller:
     """`tuner.Objective`: the weighted mean of the job's terms."""
 
+    parts = 1
+
     def __init__(self, teacher: Network, job: Distillation) -> None:
         self._teacher = teacher.requires_grad_(False)
         self._job = job
 
-    def __call__(self, network: Network, batch: Packed, dtype: torch.dtype) -> Tensor:
+    def size(self, batch: Packed) -> int:
+        return len(batch.targets)
+
+    def __call__(self, network: Network, batch: Packed, dtype: torch.dtype, tally: Tally | None = None) -> Tensor:
         job = self._job
         traces = (Trace(), Trace()) if job.attention else (None, None)
         with torch.no_grad():
             taught = self._teacher.packed(batch, traces[0])
         hidden = network.packed(batch, traces[1])
-        loss = _mixed_loss(hidden, network.head, taught, self._teacher.head, batch.targets, job, dtype)
+        loss = _mixed_loss(hidden, network.head, taught, self._teacher.head, batch.targets, job, dtype, tally)
         if job.hidden:
             loss = loss + job.hidden * (1 - F.cosine_similarity(hidden.float(), taught.float(), dim=1)).mean()
         if traces[0] is not None and traces[1] is not None:
@@ -103,7 +108,7 @@ class _MixedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, taught: Tensor, teacher_head: Tensor, targets: Tensor,
-        job: Distillation, dtype: torch.dtype,
+        job: Distillation, dtype: torch.dtype, tally: Tally | None,
     ) -> Tensor:  # fmt: skip
         columns, teacher_columns = head.to(dtype), teacher_head.to(dtype)
         inputs, taught = hidden.to(dtype), taught.to(dtype)
@@ -116,6 +121,9 @@ class _MixedLoss(torch.autograd.Function):
             rows = slice(start, start + chunk)
             logits = (inputs[rows] @ columns.t()).float()  # (chunk, vocabulary)
             teacher_logits = (taught[rows] @ teacher_columns.t()).float()
+            if tally is not None:
+                wanted = targets[rows].unsqueeze(1)
+                tally.add(int((logits.gather(1, wanted) == logits.amax(1, keepdim=True)).sum()), len(logits))
             loss, grad = _rows_loss(logits, teacher_logits, targets[rows], job)
             total += loss
             grad = grad.to(dtype)
@@ -132,7 +140,7 @@ class _MixedLoss(torch.autograd.Function):
         grad_hidden, grad_head = ctx.saved_tensors
         scale = outputs[0] / ctx.tokens
         to_hidden = None if grad_hidden is None else grad_hidden.to(ctx.hidden_dtype) * scale
-        return to_hidden, None if grad_head is None else grad_head * scale, None, None, None, None, None
+        return to_hidden, None if grad_head is None else grad_head * scale, None, None, None, None, None, None
 
 
 def _rows_loss(logits: Tensor, teacher: Tensor, targets: Tensor, job: Distillation) -> tuple[Tensor, Tensor]:
@@ -171,7 +179,7 @@ def _divergence(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Te
 
 def _mixed_loss(
     hidden: Tensor, head: Tensor, taught: Tensor, teacher_head: Tensor, targets: Tensor,
-    job: Distillation, dtype: torch.dtype,
+    job: Distillation, dtype: torch.dtype, tally: Tally | None,
 ) -> Tensor:  # fmt: skip
-    loss: Tensor = _MixedLoss.apply(hidden, head, taught, teacher_head, targets, job, dtype)  # type: ignore[no-untyped-call]
+    loss: Tensor = _MixedLoss.apply(hidden, head, taught, teacher_head, targets, job, dtype, tally)  # type: ignore[no-untyped-call]
     return loss

@@ -11,10 +11,12 @@ The job is a JSON file (`model.training.job.Job`); it names its data, where it s
 Standard output has one JSON object a line, each with an "event" (nothing else is ever printed there):
 
     started     steps, epochs, batch_size, examples, valid_examples, tokens (learnt in an epoch), parameters (that
-                learn), learning_rate, from_step (0, or where it resumes), kind ("model" or "adapter")
+                learn), learning_rate, from_step (0, or where it resumes), kind ("model" or "adapter"), notes (sentences
+                about the data)
     validating  step, done (from 0 to 1): once a second while a validation takes so long
-    step        step, steps, epoch (a number with a fraction), loss, valid_loss (null where not measured), tokens
-                (learnt so far), learning_rate, seconds (of the step, without its validation)
+    step        step, steps, epoch (a number with a fraction), loss, valid_loss (null where not measured), accuracy
+                and valid_accuracy (of tokens; of pairs where preferences are learnt), tokens (learnt so far),
+                learning_rate, seconds (of the step, without its validation)
     checkpoint  step, path (relative to out), loss, valid_loss
     finished    step, epochs, tokens, loss, valid_loss, kind, path ("model"), early (ended before its last step)
     stopped     step: it was told to; its state is saved
@@ -49,7 +51,7 @@ import msgspec
 import torch
 
 from model.errors import DataError, DeviceError, JobError, ModelError, TrainingError
-from model.training.card import write_card
+from model.training.card import Made, write_card
 from model.training.checkpoint import write_atomically
 from model.training.job import Job, read_job
 from model.training.log import Log, Row
@@ -206,6 +208,7 @@ class Run:
             learning_rate=recipe.rate,
             from_step=prepared.tuner.step,
             kind=prepared.kind,
+            notes=prepared.notes,
         )
 
     def _learn(self, prepared: Prepared, log: Log) -> None:
@@ -225,7 +228,8 @@ class Run:
             if not self._is_measured(prepared):
                 break
             assert tuner.loss is not None
-            log.write(Row(tuner.step, tuner.tokens, float(tuner.step), tuner.loss, measured, seconds))
+            accuracies = tuner.accuracy, None if measured is None else tuner.valid_accuracy
+            log.write(Row(tuner.step, tuner.tokens, float(tuner.step), tuner.loss, measured, seconds, *accuracies))
             report(
                 "step",
                 step=tuner.step,
@@ -233,6 +237,8 @@ class Run:
                 epoch=round(tuner.step / tuner.steps_per_epoch, 3),
                 loss=tuner.loss,
                 valid_loss=measured,
+                accuracy=accuracies[0],
+                valid_accuracy=accuracies[1],
                 tokens=tuner.tokens,
                 learning_rate=recipe.rate * recipe.scale(tuner.step - 1),
                 seconds=round(seconds, 4),
@@ -286,7 +292,9 @@ class Run:
         try:
             partial.mkdir(parents=True)
             prepared.write(partial)
-            write_card(partial / "README.md", self._job, prepared.kind, self._out / "log.csv", prepared.examples)
+            recipe = prepared.tuner.recipe
+            made = Made(prepared.kind, prepared.examples, recipe.batch_size, recipe.rate)
+            write_card(partial / "README.md", self._job, made, self._out / "log.csv")
             partial.rename(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -31,6 +31,7 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     clip: Positive = 1.0  # largest norm of all gradients together
     early_stop: Count | None = None  # validations without a better loss before the end; the best weights are kept
     validate_every: Count | None = None  # steps; None: after each epoch
+    dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0  # of embeddings, attention and what layers add
     seed: Annotated[int, Meta(ge=0, lt=1 << 32)] = 1
 
 
@@ -54,6 +55,10 @@ class Distillation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     embeddings: Literal["train", "freeze"] = "train"
 
 
+class Dpo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    beta: Annotated[float, Meta(gt=0.0, le=2.0)] = 0.1  # how near to its beginning the model is held
+
+
 class Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of a network that is made from nothing; what is not given is the vocabulary's model's."""
 
@@ -68,17 +73,20 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     out: str  # a directory
     model: str | None = None  # the directory to start from; for a student, None makes it of the teacher's layers
     adapter: str | None = None  # a LoRA adapter of that model: learnt further by `lora`, merged into it by the others
-    method: Literal["supervised", "distillation"] = "supervised"
+    method: Literal["supervised", "distillation", "dpo"] = "supervised"
     trainable: Literal["full", "lora", "output_layer"] = "lora"
     init: Literal["gpt2", "xavier"] | None = (
         None  # start from random weights; `model` or teacher gives vocabulary, shape
     )
     shape: Shape = Shape()
     valid: str | None = None  # a JSONL file
+    valid_tokens: Count | None = None  # learnt ones that are measured, of examples evenly spread; None: all
+    too_long: Literal["truncate", "split", "refuse"] = "truncate"  # of an example longer than the context
     chat_template: str | None = None  # Jinja source
     hyperparameters: Hyperparameters = Hyperparameters()
     lora: Lora = Lora()
     distillation: Distillation | None = None
+    dpo: Dpo = Dpo()
     base_name: str | None = None  # what cards and adapters call the model they come from
     name: str | None = None  # what the card calls the result
     device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
@@ -135,6 +143,8 @@ def _check(job: Job) -> None:
         raise JobError("random weights are trained whole: 'init' goes with trainable 'full' and no adapter")
     if job.init is None and job.shape != Shape():
         raise JobError("a shape of its own needs 'init': weights are copied as they are")
+    if job.method == "dpo" and job.init is not None:
+        raise JobError("preferences are learnt by a model that speaks already: 'init' does not go with method 'dpo'")
     if job.hyperparameters.early_stop is not None and job.valid is None:
         raise JobError("early_stop needs validation data")
     if job.distillation is not None and not any(

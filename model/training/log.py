@@ -8,7 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-COLUMNS = ("step", "tokens", "done", "loss", "valid_loss", "tokens_per_second")
+COLUMNS = ("step", "tokens", "done", "loss", "valid_loss", "accuracy", "valid_accuracy", "tokens_per_second")
+LATER = {"accuracy", "valid_accuracy"}  # empty where nobody counts; logs of earlier versions lack them
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,8 @@ class Row:
     loss: float  # nats a token, of this step's batch before its update
     valid_loss: float | None
     seconds: float  # this step took
+    accuracy: float | None = None  # of the tokens or pairs of this step's batch before its update
+    valid_accuracy: float | None = None
 
 
 class Log:
@@ -30,12 +33,14 @@ class Log:
         self._file = path.open("w", newline="", buffering=1, encoding="utf-8")
         self._writer = csv.writer(self._file)
         self._writer.writerow(COLUMNS)
-        self._writer.writerows([row[column] for column in COLUMNS] for row in kept)
+        self._writer.writerows([row.get(column) or "" for column in COLUMNS] for row in kept)
 
     def write(self, row: Row) -> None:
         valid = "" if row.valid_loss is None else f"{row.valid_loss:.4f}"
         speed = (row.tokens - self._tokens) / max(row.seconds, 1e-9)
-        self._writer.writerow((row.step, row.tokens, f"{row.done:.1f}", f"{row.loss:.4f}", valid, f"{speed:.0f}"))
+        accuracies = ["" if each is None else f"{each:.4f}" for each in (row.accuracy, row.valid_accuracy)]
+        numbers = (row.step, row.tokens, f"{row.done:.1f}", f"{row.loss:.4f}", valid)
+        self._writer.writerow((*numbers, *accuracies, f"{speed:.0f}"))
         self._tokens = row.tokens
 
     def __enter__(self) -> Self:
@@ -48,4 +53,8 @@ class Log:
 def read_log(path: Path) -> list[dict[str, str]]:
     """The rows of a log as text, a line cut short by a kill left out."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if all(isinstance(row.get(column), str) for column in COLUMNS)]
+        return [
+            row
+            for row in csv.DictReader(file)
+            if all(isinstance(row.get(column), str) for column in set(COLUMNS) - LATER)
+        ]

@@ -25,10 +25,14 @@ class LoraConv1D(nn.Module):
         inputs, outputs = base.weight.shape
         self.base = base
         self.scaling = scaling
+        self.on = True
         self.lora_a = nn.Parameter(torch.zeros(rank, inputs))
         self.lora_b = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.on:
+            alone: Tensor = self.base(x)
+            return alone
         out: Tensor = self.base(x) + self.scaling * F.linear(F.linear(x, self.lora_a), self.lora_b)
         return out
 

@@ -51,6 +51,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.n_head
         self.scale = config.attention_scale(layer)
+        self.dropout = 0.0
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
@@ -60,7 +61,9 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (rows, heads, length, head_dim)
         if trace is not None:
             trace.scores.append(q @ k.mT * self.scale)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None, scale=self.scale
+        )
         out: Tensor = self.c_proj(mixed.transpose(1, 2).reshape(rows, length, width))
         return out
 
@@ -84,10 +87,11 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
+        self.dropout = 0.0
 
     def forward(self, x: Tensor, mask: Tensor | None = None, trace: Trace | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, trace)
-        out: Tensor = x + self.mlp(self.ln_2(x))
+        x = x + F.dropout(self.attn(self.ln_1(x), mask, trace), self.dropout, self.training)
+        out: Tensor = x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
         return out
 
 
@@ -98,15 +102,16 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.dropout = 0.0
         self.recompute = False  # compute a block again for its gradients: less memory, a third more time
 
     def forward(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, trace: Trace | None = None
     ) -> Tensor:
-        x = self.wte(tokens) + self.wpe(positions)
+        x = F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)
         for block in self.h:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, trace, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, mask, trace, use_reentrant=False, preserve_rng_state=self.dropout > 0)
             else:
                 x = block(x, mask, trace)
         out: Tensor = self.ln_f(x)
@@ -139,6 +144,16 @@ class Network(nn.Module):
     def head(self) -> Tensor:
         """The output embedding, `(vocabulary, width)`: the input embedding itself, if the two are tied."""
         return self.transformer.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def dropout(self) -> float:
+        return self.transformer.dropout
+
+    def set_dropout(self, share: float) -> None:
+        """As GPT-2 had it while it was trained: of embeddings, of attention, and of what each layer adds."""
+        for module in self.modules():
+            if isinstance(module, Transformer | Block | Attention):
+                module.dropout = share
 
     def packed(self, batch: Packed, trace: Trace | None = None) -> Tensor:
         """Hidden states `(targets, width)` where the next token is learnt."""

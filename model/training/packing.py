@@ -39,29 +39,48 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrangement:
+class Rectangle:
     """Which examples share a row, found once for as many passes as there are."""
 
     length: int  # of a row
-    rectangles: Sequence[Sequence[Sequence[int]]]  # rows of each, as indices into the examples
+    rows: Sequence[Sequence[int]]  # indices into the examples
 
-    def lay_out(self, examples: Sequence[Example]) -> Iterator[Packed]:
-        """The examples that were arranged, as rectangles."""
-        for rows in self.rectangles:
-            yield _lay_out([[(i, examples[i]) for i in row] for row in rows], self.length)
+    def lay_out(self, examples: Sequence[Example]) -> Packed:
+        return _lay_out([[(i, examples[i]) for i in row] for row in self.rows], self.length)
 
 
-def arrange(examples: Sequence[Example], max_tokens: int) -> Arrangement:
-    """For rectangles of at most `max_tokens` (or of one row) that hold every example once, in a fixed order."""
+def arrange(examples: Sequence[Example], max_tokens: int, together: int = 1) -> list[Rectangle]:
+    """Rectangles of at most `max_tokens` (or of one row) that hold every example once, in a fixed order.
+
+    together: so many examples that follow each other are in one rectangle.
+    """
     sizes = [len(example.tokens) - 1 for example in examples]
-    length = max(sizes)
-    rows = _best_fit(sizes, length)
-    together = max(1, max_tokens // length)
-    return Arrangement(length, [rows[first : first + together] for first in range(0, len(rows), together)])
+    if together == 1:
+        return _rectangles(range(len(sizes)), sizes, max_tokens)
+    found: list[Rectangle] = []
+    group: list[int] = []
+    for first in range(0, len(sizes), together):
+        more = range(first, first + together)
+        if group and max(sizes[i] for i in [*group, *more]) * (len(group) + together) > max_tokens:
+            found += _rectangles(group, sizes, len(sizes) * max(sizes))
+            group = []
+        group += more
+    return found + _rectangles(group, sizes, len(sizes) * max(sizes))
+
+
+def _rectangles(chosen: Sequence[int], sizes: Sequence[int], max_tokens: int) -> list[Rectangle]:
+    length = max(sizes[i] for i in chosen)
+    rows = _best_fit([sizes[i] for i in chosen], length)
+    height = max(1, max_tokens // length)
+    return [
+        Rectangle(length, [[chosen[i] for i in row] for row in rows[first : first + height]])
+        for first in range(0, len(rows), height)
+    ]
 
 
 def pack(examples: Sequence[Example], max_tokens: int) -> Iterator[Packed]:
-    return arrange(examples, max_tokens).lay_out(examples)
+    for rectangle in arrange(examples, max_tokens):
+        yield rectangle.lay_out(examples)
 
 
 def _best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:

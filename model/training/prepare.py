@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,17 +17,19 @@ from model.config import ModelConfig, read_config
 from model.errors import ConfigError
 from model.gpu import cuda
 from model.loading import choose_device
-from model.tokenizer import read_tokenizer
+from model.tokenizer import Tokenizer, read_tokenizer
 from model.training.checkpoint import export_weights, load_network
-from model.training.dataset import read_examples
+from model.training.dataset import Example, Preference, Reader, TooLong, read_examples, read_preferences, repeated
 from model.training.distill import Distiller, check_pair, make_student
 from model.training.job import Job, Shape
 from model.training.lora import add_lora, export_lora, load_lora, merge_lora, merged_weights
 from model.training.network import Network
+from model.training.preference import PreferenceLoss, without_lora
 from model.training.tuner import Objective, Recipe, Tuner, cross_entropy
 from model.unigram import SPIECE_NAMES
 
 RATES = {"full": 1e-4, "lora": 1e-3, "output_layer": 5e-4}  # at GPT-2's width; narrower networks bear more
+DPO_SHARE = 0.1  # of these
 FROM_SCRATCH_RATE = 6e-4
 DISTILLATION_RATE = 2.5e-4
 GPT2_WIDTH = 768
@@ -44,7 +48,15 @@ class Prepared:
     validate_every: int  # steps
     learning: int  # parameters
     kind: str  # of what is written: "model" or "adapter"
+    notes: list[str]  # what is to be said of the data
     write: Callable[[Path], None]  # the result as it is now, into a directory
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    examples: Sequence[Example | Preference]
+    valid: Sequence[Example | Preference]
+    notes: list[str]
 
 
 def prepare(job: Job) -> Prepared:
@@ -58,12 +70,12 @@ def prepare(job: Job) -> Prepared:
     template = None
     if job.chat_template is not None:
         template = ChatTemplate(job.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-    context = network.config.n_positions
-    examples = read_examples(Path(job.train), tokenizer, context, template)
-    valid = [] if job.valid is None else read_examples(Path(job.valid), tokenizer, context, template)
+    data = _data(job, tokenizer, network.config.n_positions, template)
+    examples, valid = data.examples, data.valid
     recipe = _recipe(job, network.config, len(examples), device)
     network.transformer.recompute = job.recompute
-    tuner = Tuner(network, _objective(job, network.config, device), examples, valid, recipe, device)
+    network.set_dropout(job.hyperparameters.dropout)
+    tuner = Tuner(network, _objective(job, network, device), examples, valid, recipe, device)
     return Prepared(
         tuner=tuner,
         examples=len(examples),
@@ -72,8 +84,43 @@ def prepare(job: Job) -> Prepared:
         validate_every=job.hyperparameters.validate_every or tuner.steps_per_epoch,
         learning=sum(each.numel() for each in network.parameters() if each.requires_grad),
         kind="model" if adapter is None or job.lora.merge else "adapter",
+        notes=data.notes,
         write=_writer(job, base, network, adapter),
     )
+
+
+def _data(job: Job, tokenizer: Tokenizer, context: int, template: ChatTemplate | None) -> Data:
+    """Raises DataError."""
+    notes: list[str] = []
+    seen: set[bytes] = set()
+
+    def read(path: Path) -> Sequence[Example | Preference]:
+        reader = Reader(tokenizer, context, template, TooLong(job.too_long))
+        found = read_preferences(path, reader) if job.method == "dpo" else read_examples(path, reader)
+        notes.extend(reader.counts.notes(path.name, context, reader.too_long))
+        return found
+
+    examples = read(Path(job.train))
+    if twice := repeated(examples, seen):
+        notes.append(f"{Path(job.train).name}: examples that are there already: {twice:,}")
+    if job.valid is None:
+        return Data(examples, (), notes)
+    valid = read(Path(job.valid))
+    if both := repeated(valid, seen):
+        notes.append(f"{Path(job.valid).name}: examples that are learnt too, or there already: {both:,}")
+    chosen = _evenly(valid, job.valid_tokens)
+    if len(chosen) < len(valid):
+        notes.append(f"{Path(job.valid).name}: measured on {len(chosen):,} of {len(valid):,} examples, evenly spread")
+    return Data(examples, chosen, notes)
+
+
+def _evenly(examples: Sequence[Example | Preference], tokens: int | None) -> Sequence[Example | Preference]:
+    """Of about so many learnt tokens; one at least."""
+    have = sum(example.targets for example in examples)
+    if tokens is None or tokens >= have:
+        return examples
+    count = max(1, len(examples) * tokens // have)
+    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def _base(job: Job) -> Path:
@@ -141,12 +188,16 @@ def _shaped(config: ModelConfig, shape: Shape) -> ModelConfig:
     )
 
 
-def _objective(job: Job, config: ModelConfig, device: torch.device) -> Objective:
-    """Raises JobError where the teacher cannot teach a student of this shape."""
+def _objective(job: Job, network: Network, device: torch.device) -> Objective:
+    """network: as training begins. Raises JobError where the teacher cannot teach a student of this shape."""
+    if job.method == "dpo":
+        if job.trainable == "lora" and job.adapter is None:  # beside which the beginning still stands
+            return PreferenceLoss(network, job.dpo.beta, partial(without_lora, network))
+        return PreferenceLoss(deepcopy(network).requires_grad_(False).eval().to(device), job.dpo.beta)
     if job.distillation is None:
         return cross_entropy
-    teacher = load_network(Path(job.distillation.teacher)).to(device)
-    check_pair(teacher.config, config, job.distillation)
+    teacher = load_network(Path(job.distillation.teacher)).eval().to(device)
+    check_pair(teacher.config, network.config, job.distillation)
     return Distiller(teacher, job.distillation)
 
 
@@ -173,6 +224,8 @@ def _recipe(job: Job, config: ModelConfig, examples: int, device: torch.device) 
 
 def _rate(job: Job, config: ModelConfig) -> float:
     rate = RATES[job.trainable] if job.distillation is None else DISTILLATION_RATE
+    if job.method == "dpo":
+        rate *= DPO_SHARE
     if job.init is not None:
         rate = FROM_SCRATCH_RATE
     return rate * GPT2_WIDTH / config.n_embd

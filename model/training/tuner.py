@@ -19,27 +19,58 @@ from torch import Tensor, nn
 
 from model.errors import JobError, TrainingError
 from model.training.checkpoint import load_state, save_state
-from model.training.dataset import Example
-from model.training.loss import linear_cross_entropy
+from model.training.dataset import Example, Preference
+from model.training.loss import Tally, linear_cross_entropy
 from model.training.network import Network
 from model.training.optimiser import Adam
-from model.training.packing import Arrangement, Packed, arrange, pack
+from model.training.packing import Packed, arrange
 
 STATE = "state.safetensors"
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-KEPT = ("step", "tokens", "loss", "valid_loss", "measured", "best", "waited")  # of a tuner, beside its tensors
+KEPT = (
+    "step",
+    "tokens",
+    "loss",
+    "accuracy",
+    "valid_loss",
+    "valid_accuracy",
+    "measured",
+    "best",
+    "waited",
+)  # of a tuner, beside its tensors
 
 
 class Objective(Protocol):
-    """What a step lowers: a mean over the targets of a batch, in nats where it is a cross entropy."""
+    """What a step lowers: a mean over a batch, in nats where it is a cross entropy."""
 
-    def __call__(self, network: Network, batch: Packed, dtype: torch.dtype) -> Tensor: ...
+    @property
+    def parts(self) -> int:
+        """Examples that have to be in one batch."""
+        ...
+
+    def size(self, batch: Packed) -> int:
+        """What the mean is over, targets or pairs."""
+        ...
+
+    def __call__(self, network: Network, batch: Packed, dtype: torch.dtype, tally: Tally | None = None) -> Tensor:
+        """tally: told what was right, the most likely tokens or the pairs."""
+        ...
 
 
-def cross_entropy(network: Network, batch: Packed, dtype: torch.dtype) -> Tensor:
-    """With the text itself."""
-    return linear_cross_entropy(network.packed(batch), network.head, batch.targets, dtype=dtype)
+class CrossEntropy:
+    """With the text itself, over its targets."""
+
+    parts = 1
+
+    def size(self, batch: Packed) -> int:
+        return len(batch.targets)
+
+    def __call__(self, network: Network, batch: Packed, dtype: torch.dtype, tally: Tally | None = None) -> Tensor:
+        return linear_cross_entropy(network.packed(batch), network.head, batch.targets, dtype=dtype, tally=tally)
+
+
+cross_entropy = CrossEntropy()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +104,12 @@ class Tuner:
         self,
         network: Network,
         objective: Objective,
-        examples: Sequence[Example],
-        valid: Sequence[Example],
+        examples: Sequence[Example | Preference],
+        valid: Sequence[Example | Preference],
         recipe: Recipe,
         device: torch.device,
     ) -> None:
+        """What is validated is the objective where it is one of pairs, else the cross entropy with the text."""
         self.network = network.to(device)
         self.recipe = recipe
         self.step = 0
@@ -85,12 +117,15 @@ class Tuner:
         self.loss: float | None = None  # of the last step, before it
         self.valid_loss: float | None = None  # measured last
         self.measured = 0  # the step after which that was
+        self.accuracy: float | None = None  # of the last step, before it: of its targets, or of its pairs
+        self.valid_accuracy: float | None = None
         self.best: float | None = None  # the lowest measured
         self.waited = 0  # validations since
         self._objective = objective
         self._examples = examples
-        self._valid = valid
-        self._arranged = arrange(valid, recipe.micro_batch_tokens) if valid else Arrangement(0, ())
+        self._valid = [part for each in valid for part in each.parts]
+        self._measure = objective if objective.parts > 1 else cross_entropy
+        self._rectangles = arrange(self._valid, recipe.micro_batch_tokens, objective.parts) if valid else []
         self._device = device
         self._learning = {name: each for name, each in network.named_parameters() if each.requires_grad}
         self._adam = Adam(self._learning.items(), recipe.rate, betas=BETAS, epsilon=EPSILON, decay=recipe.weight_decay)
@@ -112,30 +147,38 @@ class Tuner:
         Raises TrainingError where the loss is no number.
         """
         chosen = self._batch()
-        targets = sum(example.targets for example in chosen)
-        total = 0.0
-        for batch in pack(chosen, self.recipe.micro_batch_tokens):
+        parts = [part for each in chosen for part in each.parts]
+        rectangles = arrange(parts, self.recipe.micro_batch_tokens, self._objective.parts)
+        batches = [rectangle.lay_out(parts) for rectangle in rectangles]
+        whole = sum(map(self._objective.size, batches))
+        total, tally = 0.0, Tally()
+        for number, batch in enumerate(batches):
             if stopping():
                 self.network.zero_grad(set_to_none=True)
                 return None
-            share = len(batch.targets) / targets
-            loss = self._loss(batch) * share
+            self._seed(number)
+            loss = self._loss(batch, tally) * (self._objective.size(batch) / whole)
             loss.backward()
             total += float(loss.detach())
         self._update(total)
-        self.tokens += targets
-        self.loss = total
+        self.tokens += sum(example.targets for example in chosen)
+        self.loss, self.accuracy = total, tally.share
         return total
 
-    def _batch(self) -> list[Example]:
+    def _seed(self, number: int) -> None:
+        """What dropout draws is a function of the run's seed, the step and the rectangle."""
+        if self.network.dropout:
+            torch.manual_seed(hash((self.recipe.seed, self.step, number)))
+
+    def _batch(self) -> list[Example | Preference]:
         epoch, step = divmod(self.step, self.steps_per_epoch)
         order = np.random.default_rng((self.recipe.seed, epoch)).permutation(len(self._examples))
         size = self.recipe.batch_size
         return [self._examples[i] for i in order[step * size : (step + 1) * size]]
 
-    def _loss(self, batch: Packed) -> Tensor:
+    def _loss(self, batch: Packed, tally: Tally) -> Tensor:
         with self._autocast():
-            return self._objective(self.network, batch.to(self._device), self._dtype)
+            return self._objective(self.network, batch.to(self._device), self._dtype, tally)
 
     def _update(self, loss: float) -> None:
         norm = nn.utils.clip_grad_norm_(self._learning.values(), self.recipe.clip)
@@ -158,26 +201,29 @@ class Tuner:
     def validate(
         self, stopping: Callable[[], bool] = lambda: False, watch: Callable[[float], None] = lambda part: None
     ) -> float | None:
-        """Mean cross entropy of the validation examples, in nats a token; remembers the weights where it is lowest.
+        """Mean loss of the validation examples, in nats a token or of pairs; remembers the weights where it is lowest.
 
         None, and nothing remembered, if `stopping` says so midway. watch: told the part that is done, from 0 to 1.
         Raises TrainingError where it is no number.
         """
-        total, done = 0.0, 0
-        targets = sum(example.targets for example in self._valid)
-        for batch in self._arranged.lay_out(self._valid):
+        total, size, tally = 0.0, 0, Tally()
+        self.network.eval()  # without dropout
+        for number, rectangle in enumerate(self._rectangles, start=1):
             if stopping():
+                self.network.train()
                 return None
+            batch = rectangle.lay_out(self._valid)
             with self._autocast():
-                loss = cross_entropy(self.network, batch.to(self._device), self._dtype)
-            total += float(loss) * len(batch.targets)
-            done += len(batch.targets)
-            watch(done / targets)
-        mean = total / targets
+                loss = self._measure(self.network, batch.to(self._device), self._dtype, tally)
+            size += self._measure.size(batch)
+            total += float(loss) * self._measure.size(batch)
+            watch(number / len(self._rectangles))
+        self.network.train()
+        mean = total / size
         if not math.isfinite(mean):
             raise TrainingError(f"the validation loss after step {self.step} is no finite number")
         self._remember(mean)
-        self.valid_loss, self.measured = mean, self.step
+        self.valid_loss, self.valid_accuracy, self.measured = mean, tally.share, self.step
         return mean
 
     def _remember(self, loss: float) -> None:

@@ -103,9 +103,9 @@ def _method(body: FineTuningBody) -> dict[str, Any]:
     if older:
         raise InvalidRequest("'hyperparameters' belong into the 'method' where there is one.", "hyperparameters")
     kind = body.method.type
-    other = "distillation" if kind == "supervised" else "supervised"
-    if getattr(body.method, other) is not None:
-        raise InvalidRequest(f"'method.{other}' does not go with the type {kind}.", "method")
+    for other in ("supervised", "dpo", "distillation"):
+        if other != kind and getattr(body.method, other) is not None:
+            raise InvalidRequest(f"'method.{other}' does not go with the type {kind}.", "method")
     return {"type": kind, kind: {}, **body.method.model_dump(exclude_unset=True)}
 
 

@@ -41,6 +41,15 @@ class HyperparametersBody(Inner):
     rate_floor: Share | None = Field(default=None, description="of the rate, where its cosine ends; default 0")
     weight_decay: Share | None = Field(default=None, description="default 0.01")
     clip: Positive | None = Field(default=None, description="largest norm of all gradients together; default 1")
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="of embeddings, attention and what layers add; default 0"
+    )
+
+
+class DpoHyperparametersBody(HyperparametersBody):
+    beta: Annotated[float, Field(gt=0, le=2)] | None = Field(
+        default=None, description="how near to its beginning the model is held; default 0.1"
+    )
 
 
 class LoraBody(Inner):
@@ -86,9 +95,16 @@ class DistillationBody(Inner):
     shape: ShapeBody | None = None
 
 
+class DpoBody(Inner):
+    hyperparameters: DpoHyperparametersBody | None = None
+    trainable: Literal["lora", "full", "output_layer"] | None = Field(default=None, description="default lora")
+    lora: LoraBody | None = None
+
+
 class MethodBody(Inner):
-    type: Literal["supervised", "distillation"]
+    type: Literal["supervised", "dpo", "distillation"]
     supervised: SupervisedBody | None = None
+    dpo: DpoBody | None = None
     distillation: DistillationBody | None = None
 
 

@@ -90,8 +90,10 @@ def _explain(error: ValidationError) -> InvalidRequest:
     if kind == "missing":
         return InvalidRequest(f"Missing required parameter: '{name}'.", param, "missing_required_parameter")
     if kind == "extra_forbidden":
-        within = ".".join(map(str, first["loc"][:-1]))
-        return InvalidRequest(f"Unknown parameter in '{within}'.", param, "unknown_parameter")
+        *within, last = map(str, first["loc"])
+        return InvalidRequest(
+            f"Unknown parameter: '{'.'.join([*within, shown_name(last)])}'.", param, "unknown_parameter"
+        )
     if kind in EXPECTED and not is_huge(value):
         expected = f"expected {EXPECTED[kind]}, but got {_kind(value)} instead."
         return InvalidRequest(f"Invalid type for '{name}': {expected}", param, "invalid_type")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from model.training.job import Lora
+from model.training.job import Dpo, Lora
 from server.commands.training import add_common, add_from_scratch, checkpoint_of, common_fields, train
 from server.errors import SettingsError
 
@@ -15,6 +15,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "train", metavar="TRAIN.jsonl", help='lines of {"prompt", "completion"}, {"text"} or {"messages"}'
     )
+    parser.add_argument(
+        "--method",
+        default="supervised",
+        choices=["supervised", "dpo"],
+        help="dpo: of two answers the preferred one, from lines of {prompt, chosen, rejected} [%(default)s]",
+    )
+    parser.add_argument("--beta", type=float, default=Dpo().beta, metavar="X", help="of dpo [%(default)g]")
     parser.add_argument("--model", metavar="MODEL", help="directory, Hugging Face id, or nothing: the default")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of the model, to start from")
     parser.add_argument(
@@ -43,9 +50,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     directory, name = checkpoint_of(arguments.model)
     fields = common_fields(arguments)
-    for key in ("trainable", "adapter", "name"):
+    for key in ("method", "trainable", "adapter", "name"):
         fields[key] = getattr(arguments, key)
     fields |= {"model": directory, "base_name": name, "chat_template": _template(arguments.chat_template)}
+    fields["dpo"] = {"beta": arguments.beta}
     fields["lora"] = {key: getattr(arguments, key) for key in ("rank", "alpha", "targets", "merge")}
     return train(fields)
 

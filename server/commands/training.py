@@ -9,10 +9,12 @@ import argparse
 import json
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +27,12 @@ from server.checkpoint import find_checkpoint
 
 STOPPED = 75  # the trainer's status, and ours: run it again to go on
 BAR = 24
+STEPS_OF_TIME = 20  # looked at for the time that is left
 Hyper = dict[str, Any]
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    defaults = Hyperparameters()
+    defaults, job = Hyperparameters(), Job(train="", out="")
     parser.add_argument(
         "--out",
         required=True,
@@ -44,6 +47,14 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--learning-rate", type=float, metavar="X", help="default: by method and width of the model")
     group.add_argument("--early-stop", type=int, metavar="N", help="end after N validations without a better loss")
     group.add_argument("--validate-every", type=int, metavar="N", help="steps; default: an epoch")
+    group.add_argument("--dropout", type=float, default=defaults.dropout, metavar="X", help="[%(default)g]")
+    group.add_argument("--valid-tokens", type=int, metavar="N", help="learnt tokens that are measured; default: all")
+    group.add_argument(
+        "--too-long",
+        default=job.too_long,
+        choices=["truncate", "split", "refuse"],
+        help="what becomes of an example longer than the context [%(default)s]",
+    )
     group.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="[%(default)s]")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
@@ -58,7 +69,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--micro-batch-tokens",
         type=int,
-        default=Job(train="", out="").micro_batch_tokens,
+        default=job.micro_batch_tokens,
         metavar="N",
         help="computed at once; less needs less memory [%(default)s]",
     )
@@ -85,9 +96,9 @@ def _size(text: str) -> tuple[str, int]:
 
 
 def common_fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = ("epochs", "max_steps", "batch_size", "learning_rate", "early_stop", "validate_every", "seed")
+    given = ("epochs", "max_steps", "batch_size", "learning_rate", "early_stop", "validate_every", "dropout", "seed")
     hyperparameters = {name: getattr(arguments, name) for name in given}
-    same = ("device", "precision", "threads", "recompute", "micro_batch_tokens")
+    same = ("device", "precision", "threads", "recompute", "micro_batch_tokens", "valid_tokens", "too_long")
     return {
         "train": str(Path(arguments.train).resolve()),
         "valid": None if arguments.valid is None else str(Path(arguments.valid).resolve()),
@@ -100,9 +111,10 @@ def common_fields(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def checkpoint_of(model: str | None) -> tuple[str, str]:
-    """A model argument's directory and name. Raises ModelError."""
+    """A model argument's directory, and what it can be loaded by: the Hub's id, or the directory. Raises ModelError."""
     found = find_checkpoint(model, None)
-    return str(found.directory), found.name
+    directory = str(found.directory)
+    return directory, directory if found.revision is None else found.name
 
 
 def train(fields: dict[str, Any]) -> int:
@@ -164,15 +176,18 @@ class Screen:
 
 def show(events: Iterator[str], screen: Screen, out: Path) -> None:
     """events: lines of the trainer's output."""
-    began, first = time.monotonic(), 0
+    left = TimeLeft()
     for line in events:
         event = json.loads(line)
         match event["event"]:
             case "started":
-                first = event["from_step"]
                 screen.line(_started(event))
+                for note in event["notes"]:
+                    screen.line(note)
+            case "validating":
+                screen.bar(f"step {event['step']}: measuring, {event['done']:.0%}", event["done"])
             case "step":
-                screen.bar(_step(event, time.monotonic() - began, first), event["step"] / event["steps"])
+                screen.bar(_step(event, left.after(event)), event["step"] / event["steps"])
                 if event["valid_loss"] is not None:
                     screen.line(f"step {event['step']}: validation loss {event['valid_loss']:.4f}")
             case "finished":
@@ -194,7 +209,28 @@ def _started(event: dict[str, Any]) -> str:
     )
 
 
-def _step(event: dict[str, Any], seconds: float, first: int) -> str:
-    left = seconds / (event["step"] - first) * (event["steps"] - event["step"])
-    eta = f"{left // 60:.0f}:{left % 60:02.0f} left"
+class TimeLeft:
+    """Of a run, by the median of its last steps, and by what validations have taken for each step so far."""
+
+    def __init__(self) -> None:
+        self._steps: deque[float] = deque(maxlen=STEPS_OF_TIME)
+        self._measuring = 0.0  # seconds, of all validations so far
+        self._seen = 0  # steps
+        self._at = time.monotonic()
+
+    def after(self, event: dict[str, Any]) -> float:
+        """Seconds."""
+        now = time.monotonic()
+        self._steps.append(event["seconds"])
+        if event["valid_loss"] is not None and self._seen:
+            self._measuring += max(now - self._at - event["seconds"], 0.0)
+        self._at = now
+        self._seen += 1
+        each = statistics.median(self._steps) + self._measuring / self._seen
+        return each * float(event["steps"] - event["step"])
+
+
+def _step(event: dict[str, Any], left: float) -> str:
+    minutes, seconds = divmod(round(left), 60)
+    eta = f"{minutes}:{seconds:02d} left"
     return f"step {event['step']}/{event['steps']}  epoch {event['epoch']:.2f}  loss {event['loss']:.4f}  {eta}"

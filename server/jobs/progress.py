@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
 from server.jobs.records import FineTuningJob, JobEvent, Status
 
 EVENTS_MAX = 1000  # of steps, about; of a longer job every so many
+STEPS_OF_TIME = 20  # looked at for the time that is left
+AUTO = "auto"
 CRASHES_MAX = 3  # in a row, without a step between
 LINES_SHOWN = 10  # bad lines of data in a message; all of them are in the event
 ERRORS = {
@@ -26,6 +30,7 @@ class Progress:
     job: FineTuningJob
     furthest: int = 0  # step
     crashes: int = 0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS_OF_TIME))  # of the last steps
     result: dict[str, Any] | None = None  # of the "finished" event
     failure: dict[str, Any] | None = None  # of the "failed" event
 
@@ -58,14 +63,18 @@ class Progress:
         step = said["from_step"]
         asked = self.job.hyperparameters
         shown = {**asked, "n_epochs": said["epochs"], "batch_size": said["batch_size"]}
+        if shown.get("learning_rate_multiplier") == AUTO:
+            shown["learning_rate_multiplier"] = 1.0
         message = f"Fine-tuning job resumed from step {step}" if step else "Fine-tuning job started"
         about = {name: said[name] for name in ("examples", "valid_examples", "tokens", "parameters", "steps")}
         started = JobEvent(message=message, data={**about, "learning_rate": said["learning_rate"]})
-        return [started], {"status": Status.RUNNING, "hyperparameters": shown}
+        notes = [] if step else [JobEvent(level="warn", message=note) for note in said["notes"]]
+        return [started, *notes], {"status": Status.RUNNING, "hyperparameters": shown}
 
     def _stepped(self, said: dict[str, Any]) -> tuple[list[JobEvent], dict[str, Any]]:
         step, steps = said["step"], said["steps"]
         self.furthest = max(self.furthest, step)
+        self.seconds.append(said["seconds"])
         if said["valid_loss"] is None and step not in (1, steps) and step % -(-steps // EVENTS_MAX):
             return [], {}
         valid = "" if said["valid_loss"] is None else f", validation loss={said['valid_loss']:.4f}"
@@ -78,11 +87,13 @@ class Progress:
                 "epoch": said["epoch"],
                 "train_loss": said["loss"],
                 "full_valid_loss": said["valid_loss"],
+                "train_mean_token_accuracy": said["accuracy"],
+                "full_valid_mean_token_accuracy": said["valid_accuracy"],
                 "learning_rate": said["learning_rate"],
                 "tokens": said["tokens"],
             },
         )
-        left = (steps - step) * said["seconds"]
+        left = (steps - step) * statistics.median(self.seconds)
         return [event], {"estimated_finish": int(time.time() + left)}
 
 

@@ -45,7 +45,7 @@ def trainer_job(
         "init": asked.get("init"),
         "shape": asked.get("shape") or {},
         "hyperparameters": _hyperparameters(asked.get("hyperparameters") or {}, job.seed),
-        "base_name": job.model,
+        "base_name": str(origin.model),  # which whoever reads the result can load
         "name": model_name(job, library.base_name),
         "chat_template": machine.chat_template,
         "device": machine.device,
@@ -54,6 +54,8 @@ def trainer_job(
         "checkpoints": CHECKPOINTS,
     }
     fields |= _distillation(asked, library, origin) if kind == "distillation" else _supervised(asked, origin)
+    if kind == "dpo":
+        fields["dpo"] = _dpo(asked)
     try:
         made = parse_job(msgspec.json.encode(fields))
         _check_servable(made, origin, library)
@@ -73,7 +75,13 @@ def checkpoint_name(job: FineTuningJob, base_name: str, step: int) -> str:
 
 
 def _hyperparameters(asked: dict[str, Any], seed: int) -> dict[str, Any]:
-    return {"seed": seed, **{HYPERPARAMETERS.get(name, name): value for name, value in asked.items()}}
+    kept = {name: value for name, value in asked.items() if name != "beta"}
+    return {"seed": seed, **{HYPERPARAMETERS.get(name, name): value for name, value in kept.items()}}
+
+
+def _dpo(asked: dict[str, Any]) -> dict[str, Any]:
+    beta = (asked.get("hyperparameters") or {}).get("beta")
+    return {} if beta is None else {"beta": beta}
 
 
 def _supervised(asked: dict[str, Any], origin: Origin) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from server.jobs.library import Library
 from server.jobs.progress import Progress, failure_of
 from server.jobs.recipe import CHECKPOINTS, Machine, checkpoint_name, model_name, trainer_job
 from server.jobs.records import Checkpoint, FineTunedModel, FineTuningJob, JobEvent
+from server.jobs.results import result_csv
 from server.jobs.trainer import Trainer, training
 
 log = logging.getLogger(__name__)
@@ -247,7 +248,7 @@ class Runner:
 
     async def _keep_log(self, job: FineTuningJob, path: Path) -> list[str]:
         async with self._files.draft() as draft:
-            await draft.write(await asyncio.to_thread(path.read_bytes))
+            await draft.write(await asyncio.to_thread(result_csv, path))
             kept = await draft.keep(filename="step_metrics.csv", purpose="fine-tune-results", owner=job.owner)
         return [kept.id]
 

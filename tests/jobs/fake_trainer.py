@@ -51,7 +51,7 @@ def main() -> int:
         say("finished", **json.loads((out / "result.json").read_bytes()))
         return 0
     about = {"steps": STEPS, "epochs": 2, "batch_size": 3, "examples": 6, "valid_examples": 0, "tokens": 50}
-    say("started", **about, parameters=9, learning_rate=0.1, from_step=first, kind="adapter")
+    say("started", **about, parameters=9, learning_rate=0.1, from_step=first, kind="adapter", notes=[])
     for step in range(first + 1, STEPS + 1):
         if "crash" in orders and step == 2 and len((out / "lives").read_text()) < 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -61,14 +61,23 @@ def main() -> int:
             at.write_text(str(step - 1))
             say("stopped", step=step - 1)
             return 75
-        measured = {"valid_loss": None, "tokens": 10 * step, "learning_rate": 0.1, "seconds": 0.001}
+        measured = {
+            "valid_loss": None,
+            "accuracy": 0.25,
+            "valid_accuracy": None,
+            "tokens": 10 * step,
+            "learning_rate": 0.1,
+            "seconds": 0.001,
+        }
         say("step", step=step, steps=STEPS, epoch=step / 2, loss=5.0 - step, **measured)
         if step == 2:
             write(job, out / "checkpoints" / "step-2")
             say("checkpoint", step=2, path="checkpoints/step-2", loss=3.0, valid_loss=None)
         at.write_text(str(step))
     write(job, out / "model")
-    (out / "log.csv").write_text("step,loss\n4,1.0\n")
+    (out / "log.csv").write_text(
+        "step,tokens,done,loss,valid_loss,accuracy,valid_accuracy,tokens_per_second\n4,40,4.0,1.0,1.5,0.25,0.5,9\n"
+    )
     result = {"step": 4, "epochs": 2.0, "tokens": 40, "loss": 1.0, "valid_loss": None, "kind": "adapter"}
     result |= {"path": "model", "early": False}
     (out / "result.json").write_text(json.dumps(result))

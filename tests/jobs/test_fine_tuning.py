@@ -59,7 +59,7 @@ def test_a_job_from_its_file_to_its_model(tell: Any) -> None:
         name = f"ft:gpt2:my-log:{made['id'][-8:]}"
         assert (done["status"], done["fine_tuned_model"], done["trained_tokens"]) == ("succeeded", name, 40)
         assert done["finished_at"] >= done["created_at"]
-        assert done["hyperparameters"] == {"n_epochs": 2, "batch_size": 3, "learning_rate_multiplier": "auto"}
+        assert done["hyperparameters"] == {"n_epochs": 2, "batch_size": 3, "learning_rate_multiplier": 1.0}
         assert await server.messages(made["id"]) == [
             f"Created fine-tuning job: {made['id']}",
             f"Validating training file: {file}",
@@ -76,7 +76,7 @@ def test_a_job_from_its_file_to_its_model(tell: Any) -> None:
         answer = await server.client.post("/v1/completions", json={"model": name, "prompt": "a"})
         assert answer.json()["model"] == name
         log = await server.client.get(f"/v1/files/{done['result_files'][0]}/content")
-        assert log.text == "step,loss\n4,1.0\n"
+        assert log.text == ("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n4,1.0,0.25,1.5,0.5\n")
         wanted = json.loads((server.directory / "jobs" / made["id"] / "job.json").read_text())
         assert (wanted["hyperparameters"]["seed"], wanted["nice"], wanted["trainable"]) == (7, 19, "lora")
 
@@ -278,7 +278,9 @@ def test_fine_tunes_as_openai_0_28_asks(tell: Any) -> None:
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters"),
         ({"hyperparameters": {"epochs": 3}}, "hyperparameters"),
         ({"hyperparameters": {"n_epochs": 3}, "method": {"type": "supervised"}}, "hyperparameters"),
-        ({"method": {"type": "dpo"}}, "method"),
+        ({"method": {"type": "reinforcement"}}, "method"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}}, "method"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method"),
         ({"method": {"type": "supervised", "distillation": {}}}, "method"),
         ({"method": {"type": "supervised", "supervised": {"trainable": "half"}}}, "method"),
         ({"method": {"type": "supervised", "supervised": {"lora": {"targets": ["wte"]}}}}, "method"),
@@ -368,3 +370,39 @@ def test_auto_and_null_ask_for_nothing(tell: Any) -> None:
         assert made["hyperparameters"] == {"n_epochs": "auto", "batch_size": 2, "learning_rate_multiplier": "auto"}
 
     tell(story, running=False)
+
+
+def test_what_nobody_knows_is_named(tell: Any) -> None:
+    async def story(server: Tuned) -> None:
+        file = await server.upload()
+        for method, named in (
+            ({"hyperparameters": {"epochs": 3}}, "method.supervised.hyperparameters.epochs"),
+            ({"lora": {"r": 8}}, "method.supervised.lora.r"),
+        ):
+            body = {"model": "gpt2", "training_file": file, "method": {"type": "supervised", "supervised": method}}
+            answer = await server.client.post("/v1/fine_tuning/jobs", json=body)
+            assert error_of(answer, 400)["message"] == f"Unknown parameter: '{named}'."
+        whole = {"hyperparameters": {"n_epochs": 2.5}}
+        body = {"model": "gpt2", "training_file": file, "method": {"type": "supervised", "supervised": whole}}
+        answer = await server.client.post("/v1/fine_tuning/jobs", json=body)
+        assert "expected an integer, but got a decimal" in error_of(answer, 400)["message"]
+        body["method"] = {"type": "supervised", "supervised": {"hyperparameters": {"learning_rate": 1e7}}}
+        answer = await server.client.post("/v1/fine_tuning/jobs", json=body)
+        assert "decimal above maximum value" in error_of(answer, 400)["message"]
+
+    tell(story, running=False)
+
+
+def test_preferences_are_a_method_with_a_beta(tell: Any) -> None:
+    async def story(server: Tuned) -> None:
+        method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.5, "n_epochs": "auto", "batch_size": 2}}}
+        body = {"model": "gpt2", "training_file": await server.upload(), "method": method}
+        made = (await server.client.post("/v1/fine_tuning/jobs", json=body)).json()
+        assert made["method"]["type"] == "dpo"
+        await server.ended(made["id"])
+        wanted = json.loads((server.directory / "jobs" / made["id"] / "job.json").read_text())
+        assert (wanted["method"], wanted["dpo"], wanted["trainable"]) == ("dpo", {"beta": 0.5}, "lora")
+        assert wanted["hyperparameters"]["batch_size"] == 2
+        assert Path(wanted["base_name"]).is_dir()
+
+    tell(story)

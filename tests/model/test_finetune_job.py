@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 from model.training.finetune import Run, main
@@ -338,6 +340,63 @@ def test_told_to_stop_at_any_moment_it_ends_at_once_and_resumes_to_the_same_weig
         log = [row.rpartition(",")[0] for row in (out / "log.csv").read_text().splitlines()]  # without seconds
         digests.append(((out / "model" / "adapter_model.safetensors").read_bytes(), log))
     assert digests[0] == digests[1]
+
+
+def test_a_run_can_be_repeated_from_its_card_alone(base: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(job(base, data, out, hyperparameters={"batch_size": None, "dropout": 0.1}), tmp_path)[0] == 0
+    card = (out / "model" / "README.md").read_text()
+    for row in ("| learning rate | 0.01 |", "| examples in a step | 1 |", "| dropout | 0.1 |", "| epochs | 3 |"):
+        assert row in card
+    assert "| validation file | train.jsonl |" in card
+    again = json.loads(card.partition("```json")[2].partition("```")[0])
+    again["out"] = str(tmp_path / "again")
+    assert run(again, tmp_path)[0] == 0
+    weights = [(path / "model" / "adapter_model.safetensors").read_bytes() for path in (out, tmp_path / "again")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+def test_peft_loads_the_result_and_finds_its_base(base: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(job(base, data, out, base_name=str(base)), tmp_path)[0] == 0
+    loaded = AutoPeftModelForCausalLM.from_pretrained(out / "model")
+    assert loaded.peft_config["default"].base_model_name_or_path == str(base)
+
+
+def test_preferences_are_learnt_from_start_to_end_and_resumed(base: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": f"The {n}th ship", "chosen": " was late.", "rejected": " sank."} for n in range(8)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = job(base, pairs, tmp_path / "whole", method="dpo", dpo={"beta": 0.2}, micro_batch_tokens=32)
+    status, events = run(asked, tmp_path)
+    assert status == 0
+    steps = [event for event in events if event["event"] == "step"]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert steps[-1]["valid_loss"] < steps[0]["loss"]
+    assert "| beta | 0.2 |" in (tmp_path / "whole" / "model" / "README.md").read_text()
+    looks = iter([False] * 20)
+    stopped = parse_job(json.dumps({**asked, "out": str(tmp_path / "stopped")}).encode())
+    assert Run(stopped, lambda: next(looks, True)).go() == 75
+    assert Run(stopped, lambda: False).go() == 0
+    weights = [(tmp_path / name / "model" / "adapter_model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+
+
+def test_what_a_reader_of_the_data_should_know_is_said(base: Path, tmp_path: Path) -> None:
+    train, valid = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
+    lines = [{"text": "one"}, {"text": "two"}, {"text": "one"}, {"prompt": "a", "completion": " b" * 99, "id": 5}]
+    train.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    valid.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("two", "three", "four", "five")))
+    _, events = run(job(base, train, tmp_path / "out", valid=str(valid), valid_tokens=4), tmp_path)
+    assert events[0]["notes"] == [
+        "train.jsonl: examples longer than the context of 64 tokens, cut off at it: 1",
+        "train.jsonl: keys that are not used, and in how many lines: 'id' (1)",
+        "train.jsonl: examples that are there already: 1",
+        "valid.jsonl: examples that are learnt too, or there already: 1",
+        "valid.jsonl: measured on 2 of 4 examples, evenly spread",
+    ]
+    assert events[0]["valid_examples"] == 2
 
 
 def test_it_imports_nothing_of_the_server() -> None:

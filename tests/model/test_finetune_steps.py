@@ -187,7 +187,7 @@ def test_a_hundred_thousand_lines_are_arranged_in_a_moment() -> None:
     lines = [Example(tokens[:size], tokens[:size] == 1) for size in chance.integers(2, 129, size=100_000)]
     signal.alarm(60)
     try:
-        rows = [row for rows in arrange(lines, 4096).rectangles for row in rows]
+        rows = [row for rectangle in arrange(lines, 4096) for row in rectangle.rows]
     finally:
         signal.alarm(0)
     assert sorted(i for row in rows for i in row) == list(range(len(lines)))

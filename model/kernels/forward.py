@@ -15,6 +15,9 @@ from model.kernels.layers import KernelEmbedding, KernelNorm, PackedLinear
 from model.kernels.library import Kernels
 from model.kv_cache import LayerCache
 
+ROWS_KEPT = 512  # room for so many rows is never given back
+CALLS = 256  # in a row that need less than a quarter of the room before it is
+
 
 class Layer(Protocol):
     """`model.gpt2.Layer`. Its parts were made by KernelOps."""
@@ -50,13 +53,21 @@ class Forward:
         self._layers = layers
         self._caches = caches
         self._activation = activation
+        self._small = 0  # calls in a row that needed little of the room
         self._record(1)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Hidden states (wanted rows, n_embd), good until the next call."""
         rows, wanted = len(batch.tokens), batch.wanted
-        if rows > len(self._hidden):
-            self._record(max(rows, 2 * len(self._hidden)))
+        assert len(batch.slots) == rows
+        assert len(batch.query_starts) == len(batch.block_tables) + 1
+        room = len(self._hidden)
+        self._small = self._small + 1 if room > ROWS_KEPT and rows < room // 4 else 0
+        if rows > room:
+            self._record(max(rows, 2 * room))
+        elif self._small == CALLS:
+            self._small = 0
+            self._record(max(rows, ROWS_KEPT))
         if wanted is None:
             self._kernels.run(self._steps, structs.batch(batch))
             return self._hidden[:rows]

@@ -26,6 +26,7 @@
 #include <sys/mman.h>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define PAUSE() _mm_pause()
 #elif defined(__aarch64__)
@@ -147,7 +148,27 @@ static void run(void (*job)(void *), void *argument, int64_t items)
     }
 }
 
-static void forget_helpers(void) { pool.threads = 1; } /* a forked child has none */
+enum { SCRATCH_KEPT = 32 << 20, SCRATCH_CALLS = 256 };
+
+static struct {
+    void *memory;
+    size_t size;
+    int calls; /* in a row that needed little of it */
+} scratch_memory;
+
+/* In a forked child: it has no helpers, and whoever held a lock, was inside the gate or moved the scratch memory is not there
+ * to go on. */
+static void start_over(void)
+{
+    scratch_memory.memory = NULL; /* it may have been freed a moment before */
+    scratch_memory.size = 0;
+    pool.caller = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    pool.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    pool.wake = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+    pool.threads = 1;
+    atomic_store(&pool.asleep, 0);
+    atomic_store(&pool.gate, GATE_SHUT);
+}
 
 /* Use `threads` threads, the caller's among them; returns how many there are. */
 int kernels_set_threads(int threads)
@@ -155,7 +176,7 @@ int kernels_set_threads(int threads)
     static int registered;
     pthread_mutex_lock(&pool.caller);
     if (!registered++)
-        pthread_atfork(NULL, NULL, forget_helpers);
+        pthread_atfork(NULL, NULL, start_over);
     if (pool.threads > 1)
         post(NULL, NULL);
     for (int i = 1; i < pool.threads; i++)
@@ -170,21 +191,24 @@ int kernels_set_threads(int threads)
     return started;
 }
 
-static void *scratch(size_t bytes) /* called with pool.caller held */
+/* Called with pool.caller held. What grew for one large batch is given back once so many calls in a row have needed less
+ * than a quarter of it. */
+static void *scratch(size_t bytes)
 {
-    static void *memory;
-    static size_t size;
-    if (bytes > size) {
-        free(memory);
-        size = ROUND_UP(bytes, 1 << 21);
-        memory = aligned_alloc(1 << 21, size); /* whole huge pages */
-        if (!memory)
+    const size_t size = scratch_memory.size;
+    scratch_memory.calls = size > SCRATCH_KEPT && bytes < size / 4 ? scratch_memory.calls + 1 : 0;
+    if (bytes > size || scratch_memory.calls == SCRATCH_CALLS) {
+        free(scratch_memory.memory);
+        scratch_memory.calls = 0;
+        scratch_memory.size = ROUND_UP(bytes, 1 << 21);
+        scratch_memory.memory = aligned_alloc(1 << 21, scratch_memory.size); /* whole huge pages */
+        if (!scratch_memory.memory)
             abort();
 #ifdef MADV_HUGEPAGE
-        madvise(memory, size, MADV_HUGEPAGE);
+        madvise(scratch_memory.memory, scratch_memory.size, MADV_HUGEPAGE);
 #endif
     }
-    return memory;
+    return scratch_memory.memory;
 }
 
 /* Bytes of one packed panel. */
@@ -241,10 +265,17 @@ TARGET_END
 
 static const struct level *const levels[] = {&level_0, &level_1, &level_2, &level_3};
 
+/* Older compilers' __builtin_cpu_supports does not know f16c. */
+static int has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+
 int kernels_best_level(void)
 {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c())
         return 0;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
         !__builtin_cpu_supports("avx512dq"))

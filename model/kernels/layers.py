@@ -49,6 +49,7 @@ class PackedLinear:
         """weight: (out, in) in any strides, bias: (out,). reuse: results are good until the next call."""
         weight = weight.float()
         self.outputs, self.inputs = weight.shape
+        assert bias is None or bias.shape == (self.outputs,)
         self._reused = ReusedRows(self.outputs) if reuse else None
         self._kernels = kernels
         self._edges = torch.zeros(2, -(-self.outputs // PADDING) * PADDING)  # bias, scale
@@ -66,6 +67,7 @@ class PackedLinear:
 
     def __call__(self, x: Tensor, *, activation: Activation | None = None, residual: Tensor | None = None) -> Tensor:
         """activation(x Wᵀ + b), plus the residual. x: (rows, in); residual: (rows, out); returns (rows, out)."""
+        self._check(x, residual)
         x = structs.ready(x)
         residual = None if residual is None else structs.ready(residual)
         rows = x.shape[0]
@@ -79,6 +81,11 @@ class PackedLinear:
         self._kernels.run(self._steps, self._batch)
         return out
 
+    def _check(self, x: Tensor, residual: Tensor | None) -> None:
+        """C reads as many numbers as the layer has inputs and outputs, whatever the tensors hold."""
+        assert x.shape == (len(x), self.inputs)
+        assert residual is None or residual.shape == (len(x), self.outputs)
+
     @property
     def pointer(self) -> ctypes._Pointer[structs.Linear]:
         """Good while this lives."""
@@ -87,6 +94,8 @@ class PackedLinear:
     def call(
         self, x: Tensor, out: Tensor, *, activation: Activation | None = None, residual: Tensor | None = None
     ) -> structs.LinearCall:
+        self._check(x, residual)
+        assert out.shape == (len(x), self.outputs)
         add = None if residual is None else residual.data_ptr()
         return structs.LinearCall(self.pointer, x.data_ptr(), add, out.data_ptr(), _ACTIVATIONS[activation])
 
@@ -97,6 +106,7 @@ class KernelNorm:
     def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor, epsilon: float) -> None:
         """weight, bias: (width,)."""
         self._kernels = kernels
+        assert weight.shape == bias.shape == (len(weight),)
         self._weight, self._bias = structs.ready(weight), structs.ready(bias)
         self._epsilon = epsilon
         self._call = self.call(self._weight, self._weight)
@@ -105,6 +115,7 @@ class KernelNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (rows, width)."""
+        assert x.shape == (len(x), len(self._weight))
         x = structs.ready(x)
         out = torch.empty_like(x)
         self._call.x, self._call.y = x.data_ptr(), out.data_ptr()
@@ -123,6 +134,7 @@ class KernelEmbedding:
     def __init__(self, kernels: Kernels, tokens: PackedLinear, positions: Tensor) -> None:
         """tokens: (vocab, width), positions: (n_positions, width)."""
         self._kernels = kernels
+        assert positions.shape == (len(positions), tokens.inputs)
         self._tokens, self._positions = tokens, structs.ready(positions)
 
     @property

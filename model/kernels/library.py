@@ -6,6 +6,7 @@ Knows nothing of layers, or of GPT-2.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Sequence
 from ctypes import byref, c_char_p, c_double, c_int, c_int64, c_size_t, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -19,6 +20,8 @@ from model.kernels import structs
 from model.kv_cache import LayerCache
 from model.memory import HugePages
 from model.scores import Scores
+
+log = logging.getLogger(__name__)
 
 STALE = "the C kernels were built for another version; install again"
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "vnni": 3}
@@ -61,6 +64,7 @@ class Kernels:
     def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None:
         """Store the keys and values of qkv: (rows, 3 * n_embd) at slots: (rows,) int64, in the layout of kernels.h."""
         assert slots.dtype == torch.int64
+        assert qkv.shape == (len(slots), 3 * structs.width(cache))
         qkv = structs.ready(qkv)
         batch = structs.BatchStruct(rows=len(slots), slots=slots.data_ptr())
         self.run_one(structs.Op.WRITE_KV, structs.AttentionCall(structs.kv(cache), qkv.data_ptr()), batch)
@@ -69,6 +73,8 @@ class Kernels:
         """logits: (rows, vocab), tokens: (rows,) int64, tops: (rows,), none above the vocabulary's size."""
         top = max(each or 0 for each in tops)
         assert tokens.dtype == torch.int64
+        assert len(tokens) == len(tops) == len(logits)
+        assert top <= logits.shape[1]
         logits, tokens, (rows, width) = structs.ready(logits), tokens.contiguous(), logits.shape
         scores = Scores(
             torch.empty(rows),
@@ -84,6 +90,7 @@ class Kernels:
 
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
         """qkv: (rows, 3 * n_embd). Each row sees its sequence's positions up to its own. Returns (rows, n_embd)."""
+        assert qkv.shape == (len(batch.tokens), 3 * structs.width(cache))
         qkv = structs.ready(qkv)
         out = torch.empty(qkv.shape[0], qkv.shape[1] // 3)
         call = structs.AttentionCall(structs.kv(cache), qkv.data_ptr(), out.data_ptr(), scale)
@@ -102,7 +109,10 @@ def load(level: str | None = None, threads: int | None = None) -> Kernels:
     if chosen > best:
         raise KernelsUnavailableError(f"this machine has no {level}")
     kernels = Kernels(library, chosen)
-    kernels.set_threads(threads or torch.get_num_threads())
+    wanted = threads or torch.get_num_threads()
+    started = kernels.set_threads(wanted)
+    if started < wanted:
+        log.warning("the C kernels have fewer threads than asked for", extra={"asked": wanted, "started": started})
     return kernels
 
 

@@ -147,6 +147,7 @@ def batch(batch: Batch) -> BatchStruct:
     assert batch.tokens.dtype == batch.positions.dtype == batch.slots.dtype == torch.int64
     assert batch.query_starts.dtype == batch.block_tables.dtype == torch.int32
     assert batch.block_tables.is_contiguous()
+    assert len(batch.positions) == len(batch.tokens)
     sequences, table_width = batch.block_tables.shape
     return BatchStruct(
         rows=len(batch.tokens),
@@ -179,9 +180,17 @@ def ready(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def width(cache: LayerCache) -> int:
+    """Of a row's keys, as of its values and queries."""
+    _, heads, _, head_dim = cache.keys.shape
+    return heads * head_dim
+
+
 def kv(cache: LayerCache) -> KV:
     _, heads, block_size, head_dim = cache.keys.shape
     assert head_dim <= MAX_HEAD_DIM
+    assert cache.values.shape == cache.keys.shape
+    assert cache.values.dtype == cache.keys.dtype
     assert cache.keys.is_contiguous()
     assert cache.values.is_contiguous()
     half = cache.keys.dtype == torch.float16

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -302,7 +307,140 @@ def test_one_call_is_layer_by_layer(kernels: Kernels, storage: Storage) -> None:
             assert torch.equal(network._layer_by_layer(some, cache, ()), found[rows])
 
 
+def test_room_that_one_large_batch_took_is_given_back() -> None:
+    """Of the activations, and of the rows packed for a linear layer."""
+    said = alone("""
+    import os, torch
+    from pathlib import Path
+    from model.kernels.layers import PackedLinear
+    from model.kernels.library import load
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    linear = PackedLinear(load(threads=1), torch.randn(1, 4096), None)
+    linear(torch.randn(2, 4096))
+    before = resident()
+    linear(torch.randn(30_000, 4096))
+    grown = resident() - before
+    for _ in range(300):
+        linear(torch.randn(2, 4096))
+    print(grown, resident() - before)
+    """)
+    grown, left = map(int, said.split())
+    assert grown > 400 << 20
+    assert left < 64 << 20
+
+
+def test_a_fused_network_gives_back_what_one_large_batch_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.kernels.forward.ROWS_KEPT", 8)
+    kernels = load_or_skip(None, 1)
+    network, cache = make_network(KernelOps(kernels))
+    embed = network._embed
+    assert isinstance(embed, KernelEmbedding)
+    forward = Forward(kernels, embed, network._layers, cache.layers, network.config.activation)
+    few, many = one_sequence(2), one_sequence(60)
+    found = forward(few).clone()
+    forward(many)
+    assert len(forward._hidden) >= 60
+    for _ in range(300):
+        assert torch.equal(forward(few), found)
+    assert len(forward._hidden) == 8
+
+
+def one_sequence(count: int) -> Batch:
+    positions = torch.arange(count)
+    tables = torch.arange(4, dtype=torch.int32)[None]
+    starts = torch.tensor([0, count], dtype=torch.int32)
+    return Batch(positions % 61, positions, positions, starts, starts[1:], tables, ())
+
+
+# === Whatever they are given ===
+
+
+def test_no_shape_is_read_that_is_not_there(kernels: Kernels) -> None:
+    linear, _, _ = make_linear(kernels, (100, 77), Storage.FP32)
+    norm = KernelNorm(kernels, torch.ones(8), torch.ones(8), 1e-5)
+    cache = make_network(KernelOps(kernels))[1].layers[0]  # 40 wide
+    wrong: list[Callable[[], object]] = [
+        lambda: linear(torch.randn(3, 99)),
+        lambda: linear(torch.randn(300)),
+        lambda: linear(torch.randn(3, 100), residual=torch.randn(2, 77)),
+        lambda: linear(torch.randn(3, 100), residual=torch.randn(3, 76)),
+        lambda: linear.call(torch.randn(3, 100), torch.empty(3, 76)),
+        lambda: PackedLinear(kernels, torch.randn(77, 100), torch.randn(76)),
+        lambda: norm(torch.randn(3, 7)),
+        lambda: KernelNorm(kernels, torch.ones(8), torch.ones(7), 1e-5),
+        lambda: KernelEmbedding(kernels, linear, torch.randn(5, 99)),
+        lambda: kernels.write_kv(torch.randn(2, 3 * 39), cache, torch.zeros(2, dtype=torch.int64)),
+        lambda: kernels.write_kv(torch.randn(2, 3 * 40), cache, torch.zeros(3, dtype=torch.int64)),
+        lambda: kernels.score(torch.randn(2, 9), torch.zeros(3, dtype=torch.int64), (1, 1, 1)),
+        lambda: kernels.score(torch.randn(2, 9), torch.zeros(2, dtype=torch.int64), (10, 1)),
+    ]
+    for call in wrong:
+        with pytest.raises(AssertionError):
+            call()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_child_forked_in_the_middle_of_a_call_computes(threads: int) -> None:
+    """Another thread may hold the lock, or be inside the gate, at that moment."""
+    said = alone(f"""
+    import os, signal, sys, threading, torch
+    from model.kernels.layers import PackedLinear
+    from model.kernels.library import load
+
+    linear = PackedLinear(load(threads={threads}), torch.ones(64, 512), None)
+    x, over = torch.ones(64, 512), threading.Event()
+
+    def compute() -> None:
+        while not over.is_set():
+            linear(x)
+
+    computing = threading.Thread(target=compute)
+    computing.start()
+    signal.alarm(60)
+    right = 0
+    for _ in range(60):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            os._exit(not bool((linear(x) == 512).all()))
+        right += os.waitpid(child, 0)[1] == 0
+    over.set()
+    computing.join()
+    print(right)
+    """)
+    assert said == "60\n"
+
+
+def alone(program: str) -> str:
+    """What a Python of its own says that runs this."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
 # === Loading ===
+
+
+def test_no_level_is_chosen_on_a_machine_that_lacks_an_instruction_set_it_was_compiled_for() -> None:
+    source = (Path(structs.__file__).parent / "kernels.c").read_text()
+    compiled = {feature for found in re.findall(r'TARGET_BEGIN\("([^"]+)"\)', source) for feature in found.split(",")}
+    assert compiled >= {"avx2", "fma", "f16c", "avx512f", "avx512vnni"}
+    choosing = source[source.index("int kernels_best_level(void)") :].partition("\n}\n")[0]
+    asked = {*re.findall(r'cpu_supports\("(\w+)"\)', choosing), *re.findall(r"has_(\w+)\(\)", choosing)}
+    assert asked == compiled
+
+
+def test_fewer_threads_than_asked_for_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_or_skip(None, threads=1)
+    assert not caplog.records
+    monkeypatch.setattr(Kernels, "set_threads", lambda *_: 2)
+    load(threads=4)
+    (said,) = caplog.records
+    assert (said.levelname, said.asked, said.started) == ("WARNING", 4, 2)  # type: ignore[attr-defined]
 
 
 def test_a_level_can_be_chosen_up_to_the_machine_s_best(monkeypatch: pytest.MonkeyPatch) -> None:

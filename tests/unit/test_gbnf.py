@@ -60,12 +60,13 @@ class Naive:
         self._known: dict[tuple[str, int], set[int]] = {}
         while True:
             self.open = False
+            self._looked_at: set[tuple[str, int]] = set()  # in this round
             before = {key: set(ends) for key, ends in self._known.items()}
-            self.ends = self._ends(Reference("root"), 0, set())
+            self.ends = self._ends(Reference("root"), 0)
             if before == self._known:
                 break
 
-    def _ends(self, node: Node, at: int, under: set[tuple[str, int]]) -> set[int]:
+    def _ends(self, node: Node, at: int) -> set[int]:
         match node:
             case Characters(ranges):
                 if at == len(self._text):
@@ -74,25 +75,29 @@ class Naive:
                 return {at + 1} if any(low <= ord(self._text[at]) <= high for low, high in ranges) else set()
             case Reference(name):
                 known = self._known.setdefault((name, at), set())
-                if (name, at) not in under:
-                    known |= self._ends(self._rules[name], at, under | {(name, at)})
+                if (name, at) not in self._looked_at:
+                    self._looked_at.add((name, at))
+                    known |= self._ends(self._rules[name], at)
                 return set(known)
             case Series(parts):
                 ends = {at}
                 for part in parts:
-                    ends = {end for start in ends for end in self._ends(part, start, under)}
+                    ends = self._all_ends(part, ends)
                 return ends
             case Choice(ways):
-                return {end for way in ways for end in self._ends(way, at, under)}
+                return {end for way in ways for end in self._ends(way, at)}
             case Repeat(inner, least, most):
                 ends = {at}
                 for _ in range(least):
-                    ends = {end for start in ends for end in self._ends(inner, start, under)}
+                    ends = self._all_ends(inner, ends)
                 last = ends
                 for _ in range(len(self._text) + 1 if most is None else most - least):
-                    last = {end for start in last for end in self._ends(inner, start, under)} - ends
+                    last = self._all_ends(inner, last) - ends
                     ends |= last
                 return ends
+
+    def _all_ends(self, node: Node, starts: set[int]) -> set[int]:
+        return {end for start in starts for end in self._ends(node, start)}
 
 
 def check(grammar: str, texts: list[str]) -> None:

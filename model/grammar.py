@@ -37,7 +37,7 @@ class _Words(TokenizerWrapper):
         self.eos_token_id = tokenizer.eos_token_id
         self.special_token_ids = sorted(tokenizer.special_ids)
         self.tokens = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
-        self._encode = tokenizer.encode
+        self._encode = tokenizer.encode_plain  # what a grammar says is text, the names of special tokens too
 
     def __call__(self, text: str) -> list[int]:
         return self._encode(text)
@@ -59,6 +59,8 @@ class Matcher:
         self._look()
 
     def advance(self, tokens: Sequence[int]) -> None:
+        if self.state is GrammarState.LOST:
+            return
         if not self._ends.isdisjoint(tokens):
             self.allowed, self.state = None, GrammarState.COMPLETE
         elif self._matcher.consume_tokens(list(tokens)):
@@ -67,7 +69,11 @@ class Matcher:
             self.allowed, self.state = None, GrammarState.LOST
 
     def copy(self) -> Matcher:
-        return Matcher(self._matcher.deep_copy(), self._ends, self.vocab_size)
+        matcher = Matcher.__new__(Matcher)
+        matcher.vocab_size, matcher._ends = self.vocab_size, self._ends
+        matcher._matcher = self._matcher.deep_copy()
+        matcher.allowed, matcher.state = self.allowed, self.state
+        return matcher
 
     @classmethod
     def lost(cls) -> Matcher:
@@ -92,6 +98,11 @@ class Vocabulary:
         """Takes some 200 ms: the vocabulary as a tree of bytes."""
         self._ends = frozenset(tokenizer.eos_token_ids)
         self._tokenizer = LLTokenizer(_Words(tokenizer), eos_token=list(tokenizer.eos_token_ids))
+        self._bytes = {tokenizer.token_bytes(id_): id_ for id_ in reversed(range(tokenizer.vocab_size))}
+
+    def tokens_of(self, raw: bytes) -> list[int]:
+        """The token of each byte by itself."""
+        return [self._bytes[bytes([byte])] for byte in raw]
 
     def compile(self, grammar: str) -> Matcher:
         """grammar: what one of LLMatcher.grammar_from_* returns. Raises GrammarError."""

@@ -34,7 +34,7 @@ from server.checkpoint import Checkpoint, find_checkpoint
 from server.engine.admission import Admission
 from server.engine.crash_loop import CrashLoop
 from server.engine.engine import Engine
-from server.engine.grammars import GrammarChecker, checker_command
+from server.engine.grammars import GrammarChecker, Whitespace, checker_command
 from server.engine.observer import Observer
 from server.engine.output import TokenTexts
 from server.engine.quota import TokenBuckets
@@ -111,7 +111,8 @@ def assemble(settings: Settings) -> Backend:
         stall_timeout=settings.stall_timeout,
         variants=variants,
     )
-    command = checker_command(str(checkpoint.directory), config.vocab_size, tokenizer.eos_token_ids)
+    whitespace = Whitespace(settings.json_whitespace)
+    command = checker_command(str(checkpoint.directory), config.vocab_size, tokenizer.eos_token_ids, whitespace)
     grammars = GrammarChecker(command) if tokenizer.byte_level else None
     keys = _keyring(settings)
     chat_template = _chat_template(settings, tokenizer)

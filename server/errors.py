@@ -33,6 +33,17 @@ class InvalidRequest(RequestError):
         super().__init__(message, param=param, code=code)
 
 
+class GrammarDeadEnd(InvalidRequest):
+    """What was generated is no answer: it neither matches its grammar nor was it cut short."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The grammar or schema led to where nothing can follow although it is not matched, or where finding out "
+            "what can follow takes too long.",
+            code="grammar_dead_end",
+        )
+
+
 class ContextLengthExceeded(InvalidRequest):
     """Prompt and completion do not fit the model. Clients look for how the sentence starts, and for the code."""
 

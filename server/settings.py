@@ -175,6 +175,9 @@ class Settings(BaseModel):
         "cut a max_tokens that does not fit to what the prompt leaves of the context, instead of an error",
         False,
     )
+    json_whitespace: Literal["bounded", "any", "none"] = _rare(
+        "white space in JSON by a schema: as json.dumps writes it, any (small models may never end), or none", "bounded"
+    )
     max_logprobs: int = _flag("limits", "largest logprobs a request may ask for", 20, ge=0, le=1000)
     max_choices: int = _rare("largest n", 128, ge=1, le=128)
     max_best_of: int = _rare("largest best_of", 20, ge=1, le=128)

@@ -15,10 +15,18 @@ from model.sampling_params import SamplingParams
 from server.api.aliases import CONTEXTS, RANDOM, endless, read_context, translate
 from server.api.limits import Limits
 from server.api.prompts import DEFAULT_MAX_TOKENS, RawPrompt, read_ids, read_prompts
-from server.api.reading import at_most, bound_size, read_body_fields, read_object, unknown_fields
+from server.api.reading import (
+    IGNORED_SHOWN,
+    at_most,
+    bound_size,
+    read_body_fields,
+    read_object,
+    shown_name,
+    unknown_fields,
+)
 from server.api.sampler_order import ORDERS, SamplerOrder, read_order
 from server.api.schemas import CompletionBody, StreamOptions
-from server.api.structured import read_structure
+from server.api.structured import read_structure, unknown_keys
 from server.api.unsupported import KNOWN, refuse_unsupported
 from server.engine.grammars import GrammarSource
 from server.engine.request import BeamParams, EarlyStopping
@@ -97,7 +105,8 @@ def _read_keep(fields: Mapping[str, Any], body: CompletionBody, max_tokens: int,
 
 def _ignored(fields: Mapping[str, Any]) -> tuple[str, ...]:
     options = unknown_fields(fields.get("stream_options", {}), StreamOptions)
-    return (*unknown_fields(fields, CompletionBody, UNDERSTOOD), *(f"stream_options.{name}" for name in options))
+    inside = (*(f"stream_options.{name}" for name in options), *map(shown_name, unknown_keys(fields)))
+    return (*unknown_fields(fields, CompletionBody, UNDERSTOOD), *inside[:IGNORED_SHOWN])
 
 
 def _bound_sizes(fields: Mapping[str, Any], limits: Limits) -> None:

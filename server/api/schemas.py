@@ -47,6 +47,7 @@ ResponseFormat = Annotated[
         "properties": {
             "type": _FORMATS,
             "json_schema": {"type": "object", "properties": {"schema": _OBJECT}, "required": ["schema"]},
+            "schema": _OBJECT,
         },
         "required": ["type"],
     }),

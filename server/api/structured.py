@@ -19,6 +19,7 @@ TEXT_MAX = 1 << 16  # characters of a schema, regex or grammar
 CHOICES_MAX = 1024
 ANY_OBJECT = '{"type":"object"}'
 
+WRAPPER = frozenset({"name", "description", "schema", "strict"})  # of OpenAI's `json_schema`; all are strict here
 # fields of `structured_outputs` that say how, not what
 HOW = ("disable_any_whitespace", "whitespace_pattern", "disable_fallback")
 
@@ -44,12 +45,31 @@ def _response_format(name: str, value: Any, pattern: str | None) -> GrammarSourc
     if kind == "text":
         return None
     if kind == "json_object":
-        return GrammarSource(GrammarKind.JSON_SCHEMA, ANY_OBJECT, name)
+        schema = ANY_OBJECT if format_.get("schema") is None else format_["schema"]
+        return _schema(f"{name}.schema", schema, pattern)
+    if kind == "json_schema" and format_.get("json_schema") is None and format_.get("schema") is not None:
+        return _schema(f"{name}.schema", format_["schema"], pattern)
     if kind == "json_schema":
         wrapper = _object(f"{name}.json_schema", format_.get("json_schema"))
+        if format_.get("schema") is not None:
+            raise InvalidRequest(f"'{name}.json_schema' and '{name}.schema' cannot be given together.", name)
         return _schema(f"{name}.json_schema.schema", wrapper.get("schema"), pattern)
     message = f"Invalid value for '{name}.type': supported values are 'text', 'json_object' and 'json_schema'."
     raise InvalidRequest(message, name, "invalid_value")
+
+
+def unknown_keys(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of what is in `response_format` and not looked at."""
+    format_ = fields.get("response_format")
+    if not isinstance(format_, dict):
+        return ()
+    kind, wrapper = str(format_.get("type")), format_.get("json_schema")
+    known = {"json_object": {"type", "schema"}, "json_schema": {"type", "schema", "json_schema"}}.get(kind, {"type"})
+    inside = wrapper if kind == "json_schema" and isinstance(wrapper, dict) else {}
+    return (
+        *(f"response_format.{name}" for name, value in format_.items() if name not in known and value is not None),
+        *(f"response_format.json_schema.{name}" for name in inside if name not in WRAPPER),
+    )
 
 
 def _structured_outputs(name: str, value: Any, pattern: str | None) -> GrammarSource | None:

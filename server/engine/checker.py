@@ -24,11 +24,13 @@ from model.errors import GrammarError
 from model.grammar import Vocabulary
 from model.tokenizer import read_tokenizer
 from server import logs
+from server.engine.dead_ends import find_dead_ends
 from server.engine.gbnf import is_gbnf
 from server.engine.gbnf_lark import gbnf_to_lark
-from server.engine.grammars import READY, GrammarKind, GrammarSource, Verdict
+from server.engine.grammars import READY, GrammarKind, GrammarSource, Verdict, Whitespace
 
 CPU_SECONDS = 0.3  # a worker will spend as much on it, once
+BOUNDED_WHITESPACE = r"[ ]|\n(?: {0,16}|\t{0,8})"  # what json.dumps writes, four levels deep with an indent of four
 SECONDS = 5.0  # by the clock, which on a busy machine runs on while the compiler does not
 MEMORY_MAX = 1 << 30
 SHOWN = 200  # characters of the compiler's own words
@@ -38,11 +40,11 @@ NOT_FORCED = '\n%llguidance {"no_forcing": true}\n'
 TOO_EXPENSIVE = "compiling it takes too much time or memory"
 
 
-def to_grammar(source: GrammarSource) -> str:
-    """Raises GrammarError, or whatever llguidance's converters raise."""
+def to_grammar(source: GrammarSource, whitespace: Whitespace = Whitespace.BOUNDED) -> str:
+    """whitespace: of JSON, where the source does not say. Raises GrammarError, or what llguidance's own do."""
     match source.kind:
         case GrammarKind.JSON_SCHEMA:
-            return LLMatcher.grammar_from_json_schema(source.text, overrides=_json_options(source))
+            return LLMatcher.grammar_from_json_schema(source.text, overrides=_json_options(source, whitespace))
         case GrammarKind.REGEX:
             return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(_unanchored(source.text), 'dws')}/")
         case GrammarKind.CHOICE:
@@ -53,11 +55,14 @@ def to_grammar(source: GrammarSource) -> str:
             return LLMatcher.grammar_from_lark(lark)
 
 
-def _json_options(source: GrammarSource) -> Any:
+def _json_options(source: GrammarSource, whitespace: Whitespace) -> Any:
     """They have the last word over a schema's own x-guidance: what is not implemented is refused, never passed over."""
-    options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": source.whitespace}
-    if source.whitespace_pattern is not None:
+    flexible = source.whitespace and (whitespace is not Whitespace.NONE or source.whitespace_pattern is not None)
+    options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": flexible}
+    if flexible and source.whitespace_pattern is not None:
         options["whitespace_pattern"] = source.whitespace_pattern
+    elif flexible and whitespace is Whitespace.BOUNDED:
+        options["whitespace_pattern"] = BOUNDED_WHITESPACE
     return options
 
 
@@ -72,10 +77,10 @@ def _literal(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
-def judge(vocabulary: Vocabulary, source: GrammarSource) -> Verdict:
+def judge(vocabulary: Vocabulary, source: GrammarSource, whitespace: Whitespace = Whitespace.BOUNDED) -> Verdict:
     try:
-        grammar = to_grammar(source)
-        vocabulary.compile(grammar)
+        grammar = to_grammar(source, whitespace)
+        find_dead_ends(vocabulary.compile(grammar), vocabulary)
     except GrammarError as error:
         return Verdict(error=_reason(str(error)))
     except Exception:  # of the converters, which have no error of their own
@@ -91,7 +96,7 @@ def _reason(said: str) -> str:
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in said.partition("\n")[0][:SHOWN])
 
 
-def judge_apart(vocabulary: Vocabulary, source: GrammarSource) -> Verdict:
+def judge_apart(vocabulary: Vocabulary, source: GrammarSource, whitespace: Whitespace = Whitespace.BOUNDED) -> Verdict:
     """In a fork, which may take its time and memory, or crash. Only its own time and memory are held against a grammar:
     where the clock runs out first, or there is no fork to be had, the machine is too busy."""
     ours, theirs = os.pipe()
@@ -103,7 +108,7 @@ def judge_apart(vocabulary: Vocabulary, source: GrammarSource) -> Verdict:
         return Verdict(busy=True)
     if child == 0:
         os.close(ours)
-        _as_child(vocabulary, source, theirs)
+        _as_child(vocabulary, source, whitespace, theirs)
     os.close(theirs)
     try:
         answer, whole = _read(ours, time.monotonic() + SECONDS)
@@ -119,7 +124,7 @@ def judge_apart(vocabulary: Vocabulary, source: GrammarSource) -> Verdict:
         return Verdict(error=TOO_EXPENSIVE)
 
 
-def _as_child(vocabulary: Vocabulary, source: GrammarSource, pipe: int) -> None:
+def _as_child(vocabulary: Vocabulary, source: GrammarSource, whitespace: Whitespace, pipe: int) -> None:
     try:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF ends it
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_MAX, MEMORY_MAX))
@@ -127,7 +132,7 @@ def _as_child(vocabulary: Vocabulary, source: GrammarSource, pipe: int) -> None:
             os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno()
         )  # a crash's last words are about the client's text
         with os.fdopen(pipe, "wb") as stream:
-            stream.write(msgspec.json.encode(judge(vocabulary, source)))
+            stream.write(msgspec.json.encode(judge(vocabulary, source, whitespace)))
     finally:
         os._exit(0)
 
@@ -146,12 +151,12 @@ def _read(pipe: int, deadline: float) -> tuple[bytes, bool]:
 def main() -> None:
     logs.configure("info")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the api process says when to end, by closing the pipe
-    directory, vocab_size, *eos_token_ids = sys.argv[1:]
+    directory, vocab_size, whitespace, *eos_token_ids = sys.argv[1:]
     vocabulary = Vocabulary(read_tokenizer(Path(directory), int(vocab_size), tuple(map(int, eos_token_ids))))
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
-        verdict = judge_apart(vocabulary, msgspec.json.decode(line, type=GrammarSource))
+        verdict = judge_apart(vocabulary, msgspec.json.decode(line, type=GrammarSource), Whitespace(whitespace))
         sys.stdout.buffer.write(msgspec.json.encode(verdict) + b"\n")
         sys.stdout.buffer.flush()
 

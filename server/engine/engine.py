@@ -31,6 +31,7 @@ from server.errors import (
     DeadlineExceeded,
     Draining,
     EngineError,
+    GrammarDeadEnd,
     Loading,
     Overloaded,
     RateLimited,
@@ -39,7 +40,19 @@ from server.errors import (
     WorkerKilled,
 )
 from server.worker.channel import EngineChannel
-from server.worker.messages import Abort, Loaded, Ready, Received, Refused, Sleep, Slept, Step, Unload, WakeUp
+from server.worker.messages import (
+    Abort,
+    FinishReason,
+    Loaded,
+    Ready,
+    Received,
+    Refused,
+    Sleep,
+    Slept,
+    Step,
+    Unload,
+    WakeUp,
+)
 
 log = logging.getLogger(__name__)
 
@@ -285,6 +298,9 @@ class Engine:
         for said in step.outputs:
             candidate, generation = self._running.get(said.id, (None, None))
             if candidate is None or generation is None:
+                continue
+            if said.finish is FinishReason.DEAD_END:
+                self._fail(generation, GrammarDeadEnd())
                 continue
             generation.take(candidate, said)
             if said.token is not None:

@@ -42,13 +42,21 @@ class GrammarKind(Enum):
     GRAMMAR = "grammar"  # Lark in llguidance's dialect, or GBNF
 
 
+class Whitespace(Enum):
+    """What may stand between the tokens of JSON, where neither a request nor its pattern says."""
+
+    BOUNDED = "bounded"  # what json.dumps writes, with or without indent: a space, or a line end and an indent
+    ANY = "any"  # as much as the model likes: small ones may never come to an end
+    NONE = "none"
+
+
 class GrammarSource(msgspec.Struct, frozen=True):
     """What a client asked for; `param` names the field, for errors."""
 
     kind: GrammarKind
     text: str  # a schema and choices are JSON
     param: str
-    whitespace: bool = True  # JSON may have white space between its tokens
+    whitespace: bool = True  # JSON may have white space between its tokens, as the server or the pattern says
     whitespace_pattern: str | None = None
 
 
@@ -188,5 +196,9 @@ class GrammarChecker:
             raise EngineError("The grammar could not be checked.") from None
 
 
-def checker_command(directory: str, vocab_size: int, eos_token_ids: Sequence[int]) -> list[str]:
-    return [sys.executable, "-m", "server.engine.checker", directory, str(vocab_size), *map(str, eos_token_ids)]
+def checker_command(
+    directory: str, vocab_size: int, eos_token_ids: Sequence[int], whitespace: Whitespace = Whitespace.BOUNDED
+) -> list[str]:
+    """whitespace: that JSON may have where a request does not say."""
+    ends = map(str, eos_token_ids)
+    return [sys.executable, "-m", "server.engine.checker", directory, str(vocab_size), whitespace.value, *ends]

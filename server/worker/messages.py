@@ -16,6 +16,7 @@ BACKGROUND = 1 << 31  # priorities from here on are of work that nobody waits fo
 class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
+    DEAD_END = "dead_end"  # its grammar has led to where nothing can follow, and is not matched; no client sees this
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):

@@ -108,8 +108,9 @@ class Sequence:
             return FinishReason.STOP
         if self._stops_at(token) and len(self.tokens) - self.prompt_length > self.params.min_tokens:
             return FinishReason.STOP
-        cut = len(self.tokens) >= self.limit or grammar is GrammarState.LOST
-        return FinishReason.LENGTH if cut else None
+        if len(self.tokens) >= self.limit:
+            return FinishReason.LENGTH
+        return FinishReason.DEAD_END if grammar is GrammarState.LOST else None
 
     @property
     def stop_token(self) -> int | None:

@@ -122,6 +122,78 @@ def test_nothing_overrules_the_grammar(fields: dict[str, Any], idle: RunningServ
     assert re.fullmatch("(ab|cde?){3,9}", choice["text"])
 
 
+SHORT = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 9},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("fields", [
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": SHORT}}}, {"guided_json": SHORT},
+    {"response_format": {"type": "json_object", "schema": SHORT}}, {"json_schema": json.dumps(SHORT)},
+    {"structured_outputs": {"json": SHORT}}, {"response_format": {"type": "json_schema", "schema": SHORT}},
+], ids=str)  # fmt: skip
+def test_json_of_bounded_texts_comes_to_its_end(fields: dict[str, Any], idle: RunningServer) -> None:
+    """Whatever the model thinks of white space, of which there would be no end."""
+    for seed in range(5):
+        choice = ask(idle, seed=seed, max_tokens=200, **fields)
+        assert choice["finish_reason"] == "stop"
+        jsonschema.validate(json.loads(choice["text"]), SHORT)
+        assert not re.search(r"\n\s*\n|  \S* \n", choice["text"])
+
+
+@pytest.mark.parametrize(("format_", "ignored"), [
+    ({"type": "json_object", "schema": SHORT, "strict": True, "name": "x"},
+     "response_format.strict, response_format.name"),
+    ({"type": "json_schema", "json_schema": {"schema": SHORT, "name": "x", "strict": True, "title": "y"}},
+     "response_format.json_schema.title"),
+    ({"type": "json_schema", "json_schema": {"schema": SHORT, "name": "x", "description": "d"}}, None),
+    ({"type": "text", "schema": SHORT}, "response_format.schema"),
+], ids=str)  # fmt: skip
+def test_what_is_not_looked_at_in_a_response_format_is_named(
+    format_: dict[str, Any], ignored: str | None, idle: RunningServer
+) -> None:
+    answer = httpx.post(f"{idle.url}/v1/completions", json={"prompt": "a", "max_tokens": 1, "response_format": format_})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers.get("x-ignored-fields") == ignored
+
+
+def test_a_dead_end_of_a_grammar_is_an_error_and_no_answer(idle: RunningServer) -> None:
+    """It shows only after three hundred letters: nothing is both a 1 and a 2."""
+    fields = {
+        "prompt": "a",
+        "max_tokens": 900,
+        "guided_grammar": "start: /[a-z]{300}/ D\nD: /1/ & /2/",
+        "temperature": 0,
+    }
+    answer = httpx.post(f"{idle.url}/v1/completions", json=fields, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "grammar_dead_end"), answer.text
+    with httpx.stream(
+        "POST", f"{idle.url}/v1/completions", json={**fields, "stream": True, "n": 2}, timeout=60
+    ) as told:
+        events = [line for line in told.iter_lines() if line.startswith("data:")]
+    assert json.loads(events[-1].removeprefix("data:"))["error"]["code"] == "grammar_dead_end"
+    assert not any('"finish_reason": "' in line or '"finish_reason":"' in line for line in events)
+    shallow = httpx.post(
+        f"{idle.url}/v1/completions", json={**fields, "guided_grammar": "start: /[a-z]{3}/ D\nD: /1/ & /2/"}
+    )
+    assert (shallow.status_code, shallow.json()["error"]["code"]) == (400, "invalid_grammar")
+
+
+@pytest.mark.parametrize("fields", [
+    {"guided_choice": ["a <|endoftext|> b"]}, {"guided_regex": "x<\\|endoftext\\|>y"},
+    {"grammar": 'root ::= "<|endoftext|>" [0-9]'}, {"guided_json": {"const": "<|endoftext|>"}},
+], ids=str)  # fmt: skip
+def test_the_name_of_a_special_token_is_text_in_a_grammar(fields: dict[str, Any], idle: RunningServer) -> None:
+    choice = ask(idle, skip_special_tokens=False, **fields)
+    assert (choice["finish_reason"], "<|endoftext|>" in choice["text"]) == ("stop", True)
+
+
 def test_it_ends_with_the_token_that_completes_it(idle: RunningServer) -> None:
     """No step is spent on an end of text that alone can follow; the last allowed token may be the one."""
     got = idle.complete(prompt="a", max_tokens=3, temperature=0, guided_regex="[a-c]{3}", logprobs=1)
@@ -210,9 +282,18 @@ def test_hostile_grammars_are_refused_within_a_second_and_disturb_nobody(idle: R
 
 
 @pytest.mark.parametrize(
-    "regex", ["(a|a)*b" * 30, "(x+x+)+y", "(a|b)*a(a|b){18}", "((a{1,99}){1,99}){1,99}", ".*a.{90}"]
+    ("regex", "status"),
+    [
+        ("(a|a)*b" * 30, 200),
+        ("(x+x+)+y", 200),
+        ("(a|b)*a(a|b){18}", 200),
+        ("((a{1,99}){1,99}){1,99}", 400),
+        (".*a.{90}", 200),
+    ],
 )
-def test_what_would_take_a_backtracker_for_ever_takes_no_time(regex: str, idle: RunningServer) -> None:
+def test_what_would_take_a_backtracker_for_ever_takes_no_time(regex: str, status: int, idle: RunningServer) -> None:
+    """One of them takes too much after a few tokens, which is found out before."""
     began = time.monotonic()
-    ask(idle, guided_regex=regex, max_tokens=40)
+    fields = {"prompt": "a", "guided_regex": regex, "max_tokens": 40}
+    assert httpx.post(f"{idle.url}/v1/completions", json=fields).status_code == status
     assert time.monotonic() - began < 5

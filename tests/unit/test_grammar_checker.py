@@ -10,15 +10,26 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from msgspec import structs
 from test_grammar import small
 
-from model.grammar import Vocabulary
+from model.grammar import Matcher, Vocabulary
+from model.step import GrammarState
 from server.api.errors import status_of
 from server.engine import checker
 from server.engine.checker import judge, judge_apart, to_grammar
-from server.engine.grammars import QUEUE_MAX, GrammarChecker, GrammarKind, GrammarSource, Verdict, checker_command
+from server.engine.grammars import (
+    QUEUE_MAX,
+    GrammarChecker,
+    GrammarKind,
+    GrammarSource,
+    Verdict,
+    Whitespace,
+    checker_command,
+)
 from server.errors import EngineError, InvalidRequest, Overloaded
 
 
@@ -165,13 +176,68 @@ def test_anchors_that_say_nothing_are_taken_off(regex: str, inside: str) -> None
     assert to_grammar(source(GrammarKind.REGEX, regex)) == f"start: /{inside}/"
 
 
+DEAD_ENDS = [
+    "start: /[a-z]{3}/ D\nD: /1/ & /2/",
+    'start: "a" ("b" D | "c")\nD: /1/ & /2/',
+    'start: /[a-z]+/ ("1" D | "2")\nD: /1/ & /2/',
+]
+
+
+@pytest.mark.parametrize("grammar", DEAD_ENDS)
+def test_a_grammar_that_can_come_to_a_dead_end_is_refused(grammar: str, vocabulary: Vocabulary) -> None:
+    verdict = judge(vocabulary, source(GrammarKind.GRAMMAR, grammar))
+    assert "nothing can follow" in str(verdict.error)
+
+
+def steps(matcher: Matcher, text: str) -> bool:
+    """Whether a text can be written, by its own tokens."""
+    for token in small().encode_plain(text):
+        if matcher.allowed is None or not int.from_bytes(matcher.allowed, "little") >> token & 1:
+            return False
+        matcher.advance([token])
+    return matcher.state is not GrammarState.LOST
+
+
+DOCUMENT = {"ab": {"ba": [1, "a b"]}, "cab": "é"}
+SCHEMA = json.dumps({"type": "object"})
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"indent": 4}, {"indent": 2}, {"indent": "\t"}, {"separators": (",", ":")}, {"indent": 0},
+], ids=str)  # fmt: skip
+def test_json_has_the_white_space_that_dumps_writes(how: dict[str, Any], vocabulary: Vocabulary) -> None:
+    text = json.dumps(DOCUMENT, ensure_ascii=False, **how)
+    compact = how == {"separators": (",", ":")}
+    for whitespace in Whitespace:
+        grammar = judge(vocabulary, source(GrammarKind.JSON_SCHEMA, SCHEMA), whitespace).grammar
+        assert grammar is not None
+        assert steps(vocabulary.compile(grammar), text) is (compact or whitespace is not Whitespace.NONE)
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["{\n\n", "{  ", "{ \n", "{\n \n", '{"ab":\n\n', '{"ab" \t', "{\r", "{\n" + " " * 17],
+)
+def test_json_never_has_two_line_ends_in_a_row_unless_that_is_asked_for(start: str, vocabulary: Vocabulary) -> None:
+    """As a matter of course, by a pattern of the request's, and by the setting."""
+    schema = source(GrammarKind.JSON_SCHEMA, SCHEMA)
+    opened = structs.replace(schema, whitespace_pattern=r"\s*")
+    for asked, whitespace, expected in (
+        (schema, Whitespace.BOUNDED, False), (opened, Whitespace.BOUNDED, True), (schema, Whitespace.ANY, True),
+        (opened, Whitespace.NONE, True), (structs.replace(schema, whitespace=False), Whitespace.ANY, False),
+    ):  # fmt: skip
+        grammar = judge(vocabulary, asked, whitespace).grammar
+        assert grammar is not None
+        assert steps(vocabulary.compile(grammar), start) is expected
+
+
 def test_choices_are_taken_literally(vocabulary: Vocabulary) -> None:
-    choices = ['a"b', "x\ny", "\x01é\\", "a.*|b", "/", "\u2028", "\x7f𝒳", "[", "tab\t "]
+    choices = ['a"b', "x\ny", "\x01é\\", "a.*|b", "/", "\u2028", "\x7f𝒳", "[", "tab\t ", "a<|endoftext|>b"]
     grammar = judge(vocabulary, source(GrammarKind.CHOICE, json.dumps(choices))).grammar
     assert grammar is not None
     for choice in choices:
         matcher = vocabulary.compile(grammar)
-        matcher.advance(small().encode(choice))
+        matcher.advance(small().encode_plain(choice))
         assert matcher.state.value == "complete", choice
 
 

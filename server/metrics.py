@@ -88,6 +88,7 @@ class LineEnd(Enum):
 class Source(Enum):
     LOCAL_COMPUTE = "local_compute"
     LOCAL_CACHE_HIT = "local_cache_hit"
+    EXTERNAL_KV_TRANSFER = "external_kv_transfer"  # vLLM knows caches outside the server; here there are none
 
 
 class SleepState(Enum):
@@ -99,8 +100,9 @@ class SleepState(Enum):
 
 
 class CacheSource(Enum):
-    LOCAL_CACHE_HIT = "local_cache_hit"
-    EXTERNAL_KV_TRANSFER = "external_kv_transfer"  # vLLM knows caches outside the server; here there are none
+    """vLLM knows further ones: host, disk, and other servers."""
+
+    DEVICE = "device"  # where the network is computed
 
 
 class BlockState(Enum):

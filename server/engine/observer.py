@@ -141,7 +141,7 @@ class Observer:
         metrics.prompt_tokens_by_source(engine, Source.LOCAL_COMPUTE.value).inc(computed)
         metrics.prompt_tokens_by_source(engine, Source.LOCAL_CACHE_HIT.value).inc(cached)
         metrics.prompt_tokens_cached(engine).inc(cached)
-        metrics.prompt_tokens_cached_by_source(engine, CacheSource.LOCAL_CACHE_HIT.value).inc(cached)
+        metrics.prompt_tokens_cached_by_source(engine, CacheSource.DEVICE.value).inc(cached)
         metrics.request_prefill_computed(engine).observe(computed)
 
     def _end(self, candidate: Candidate, reason: Finished, now: float) -> None:

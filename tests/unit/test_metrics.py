@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm_dashboards
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
@@ -197,7 +200,7 @@ class World:
         computed, cached = got[by_source + "compute"], got[by_source + "cache_hit"]
         assert computed + cached == got["gpt2_prompt_tokens_total"]
         assert got["gpt2_prompt_tokens_cached_total"] == cached
-        assert got["gpt2_prompt_tokens_cached_by_source_total source=local_cache_hit"] == cached
+        assert got["gpt2_prompt_tokens_cached_by_source_total source=device"] == cached
         assert got["gpt2_request_prefill_kv_computed_tokens_sum"] == computed
         up = sum(got[f"gpt2_engine_up engine={worker}"] for worker in range(WORKERS))
         assert up == len(self.up)
@@ -321,6 +324,34 @@ def test_a_refusal_is_counted_under_its_reason() -> None:
         assert refused()["overloaded"] == 0
 
     asyncio.run(live())
+
+
+def test_vllm_s_dashboards_find_what_they_ask_for() -> None:
+    """After `s/vllm:/gpt2_/`, by every label that they choose or group by; or there is a reason."""
+    metrics = Metrics("m", "0", WORKERS)
+    rows = {row.name: row for row in metrics.table}
+    for name, labels in vllm_dashboards.BY_ENGINE.items():
+        assert {"model_name", "engine", *labels} <= set(rows[f"gpt2_{name}"].labels), name
+    for name in vllm_dashboards.PROCESS:
+        assert name in samples(metrics)
+    for name, reason in vllm_dashboards.ABSENT.items():
+        assert f"gpt2_{name}" not in rows or name == "http_requests_total", name
+        assert reason
+
+
+def test_the_values_that_vllm_s_dashboards_choose_are_there_from_the_start() -> None:
+    got = samples(Metrics("m", "0", WORKERS))
+    for name, labels in vllm_dashboards.BY_ENGINE.items():
+        for label, values in labels.items():
+            for value in values:
+                for worker in range(WORKERS):
+                    assert f"gpt2_{name} engine={worker} {label}={value}" in got
+
+
+def test_the_page_gives_the_reason_for_each_that_is_not_there() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "observability.md").read_text("utf-8")
+    for name, reason in vllm_dashboards.ABSENT.items():
+        assert re.search(rf"^\| `{name}` \| {re.escape(reason)} \|$", page, re.MULTILINE), name
 
 
 def test_two_servers_share_nothing() -> None:

@@ -31,6 +31,9 @@ PREFIX = "gpt2"
 LATENCY = (
     .001, .002, .005, .01, .02, .04, .06, .08, .1, .15, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640,
 )  # fmt: skip
+PER_TOKEN = (
+    .001, .002, .005, .01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
+)  # fmt: skip
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 SAMPLES = (1, 2, 5, 10, 20, 50, 100)
@@ -248,12 +251,14 @@ class Metrics:
     def _declare_latencies(self) -> None:
         """Of requests. All but the first two are told when a request ends, as far as it came."""
 
-        def histogram(name: str, text: str) -> Family[Histogram]:
-            return self._histograms(name, text, {"engine": self._engines}, LATENCY)
+        def histogram(name: str, text: str, buckets: tuple[float, ...] = LATENCY) -> Family[Histogram]:
+            return self._histograms(name, text, {"engine": self._engines}, buckets)
 
         self.ttft = histogram("time_to_first_token_seconds", "Arrival to the first token")
-        self.itl = histogram("inter_token_latency_seconds", "Between two tokens")
-        self.tpot = histogram("request_time_per_output_token_seconds", "A request's mean time between tokens")
+        self.itl = histogram("inter_token_latency_seconds", "Between two tokens", PER_TOKEN)
+        self.tpot = histogram(
+            "request_time_per_output_token_seconds", "A request's mean time between tokens", PER_TOKEN
+        )
         self.e2e = histogram("e2e_request_latency_seconds", "Arrival to the end")
         self.queue_time = histogram("request_queue_time_seconds", "Arrival to the first step")
         self.prefill_time = histogram("request_prefill_time_seconds", "First step to the first token")

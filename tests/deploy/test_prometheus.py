@@ -128,6 +128,28 @@ def test_a_killed_worker_raises_an_alarm(served: tuple[RunningServer, Prometheus
     watching.wait_until(lambda: watching.query("sum(gpt2_engine_up) == 2"), 60)
 
 
+def test_a_server_that_was_put_to_sleep_raises_no_alarm(tiny: Path, tmp_path: Path) -> None:
+    """It refuses what it is told to refuse, and its worker is where it should be."""
+    refused = 'sum(rate(gpt2_requests_rejected_total{reason="asleep"}[5m]))'
+    with serving(tiny, "--threads=1") as server, prometheus(tmp_path, [server.url.removeprefix("http://")]) as watching:
+        server.complete(**WORK)
+        watching.wait_until(lambda: watching.query("sum(gpt2_engine_up) == 1"), 20)
+        assert httpx.post(f"{server.url}/sleep?level=2", timeout=60).status_code == 200
+
+        def ask_until(expression: str) -> None:
+            def answered() -> Any:
+                for path in ("/v1/completions", "/invocations"):
+                    assert httpx.post(f"{server.url}{path}", json=WORK).status_code == 503
+                return watching.query(expression)
+
+            watching.wait_until(answered, 40)
+
+        ask_until(f"{refused} > 0")
+        ask_until("count_over_time(job:gpt2_http_errors:ratio_rate5m[5m]) > 3")  # worked out once a second
+        assert not watching.firing() & {"NoWorker", "Overload", "HTTPErrors", "RequestErrors", "ServerDown"}
+        assert httpx.post(f"{server.url}/wake_up", timeout=60).status_code == 200
+
+
 def test_a_server_that_is_gone_raises_an_alarm(served: tuple[RunningServer, Prometheus]) -> None:
     server, watching = served
     server.check_identities()

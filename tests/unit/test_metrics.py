@@ -348,6 +348,15 @@ def test_the_values_that_vllm_s_dashboards_choose_are_there_from_the_start() -> 
                     assert f"gpt2_{name} engine={worker} {label}={value}" in got
 
 
+def test_the_objectives_that_vllm_s_dashboards_offer_are_bounds_of_buckets() -> None:
+    bounds: dict[str, set[str]] = {}
+    for family in Metrics("m", "0").registry.collect():
+        for sample in family.samples:
+            bounds.setdefault(sample.name, set()).add(sample.labels.get("le", ""))
+    for name, wanted in vllm_dashboards.BOUNDS.items():
+        assert set(wanted) <= bounds[f"gpt2_{name}_bucket"]
+
+
 def test_the_page_gives_the_reason_for_each_that_is_not_there() -> None:
     page = (Path(__file__).parents[2] / "docs" / "observability.md").read_text("utf-8")
     for name, reason in vllm_dashboards.ABSENT.items():

@@ -43,6 +43,10 @@ BY_ENGINE: dict[str, dict[str, tuple[str, ...]]] = {
     "spec_decode_num_accepted_tokens_total": {},
     "spec_decode_num_accepted_tokens_per_pos_total": {"position": ()},
 }
+BOUNDS = {  # of buckets, that a dashboard lets one choose as an objective
+    "time_to_first_token_seconds": ("0.1", "0.25", "0.5", "0.75", "1.0", "2.5", "5.0", "10.0"),
+    "request_time_per_output_token_seconds": ("0.025", "0.05", "0.075", "0.1", "0.15", "0.2", "0.3", "0.5"),
+}
 PROCESS = (
     "process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds", "process_max_fds",
     "process_start_time_seconds",
@@ -52,6 +56,7 @@ PROCESS = (
 ABSENT = {
     "iteration_tokens_total": "a histogram with a counter's name, which promtool refuses: gpt2_batch_tokens",
     "http_requests_total": "of vLLM's web framework, without its prefix: gpt2_http_requests_total",
+    "http_request_duration_seconds": "of vLLM's web framework; times of requests are e2e_request_latency_seconds",
     "external_prefix_cache_hits_total": "no cache outside the server",
     "external_prefix_cache_queries_total": "no cache outside the server",
     "mm_cache_hits_total": "GPT-2 reads text alone",
@@ -75,6 +80,15 @@ ABSENT = {
     "kv_offload_store_size": "KV blocks stay where they were computed",
     "kv_offload_lookup_sync_delay_seconds": "KV blocks stay where they were computed",
     "kv_offload_lookup_async_delay_seconds": "KV blocks stay where they were computed",
+    "kv_offload_cpu_cache_usage_perc": "KV blocks stay where they were computed",
+    "kv_offload_cpu_cache_write_usage_perc": "KV blocks stay where they were computed",
+    "kv_offload_cpu_cache_read_usage_perc": "KV blocks stay where they were computed",
+    "kv_offload_allocation_failure_total": "KV blocks stay where they were computed",
+    "kv_offload_stores_skipped_total": "KV blocks stay where they were computed",
+    "simple_kv_offload_save_outcomes_total": "KV blocks stay where they were computed",
+    "simple_kv_offload_load_blocks_total": "KV blocks stay where they were computed",
+    "simple_kv_offload_used_blocks": "KV blocks stay where they were computed",
+    "simple_kv_offload_pending_store_blocks": "KV blocks stay where they were computed",
     "sleep_mode_operation_duration_seconds": "calls of /sleep and /wake_up are in gpt2_http_requests_total",
     "rl_weight_update_operation_duration_seconds": "weights are not changed while they are served",
     "estimated_flops_per_gpu_total": "vLLM has it with --enable-mfu-metrics alone",

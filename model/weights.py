@@ -24,10 +24,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-CONVERT = (
-    "python -c \"import transformers; m = transformers.GPT2LMHeadModel.from_pretrained('DIR'); "
-    "m.save_pretrained('NEW_DIR', safe_serialization=True)\""
-)
+CONVERT = "gpt2-server convert DIR NEW_DIR"
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def load(directory: Path, adapter: Path | None) -> Model:
     """With the adapter merged into it. Raises ModelError."""
     config = read_config(directory)
     weights: Mapping[str, Tensor] = read_weights(directory, config)
+    config = replace(config, tie_word_embeddings="lm_head.weight" not in weights)
     tokenizer = directory
     if adapter is not None:
         config, weights = merge_adapter(config, weights, *read_adapter(adapter, config))

@@ -1,7 +1,8 @@
 """`gpt2-server fetch ID`: brings a model here from the Hugging Face Hub, ahead of serving it.
 
 Only safetensors and the small files beside them are taken, of one commit, each held against the digest the Hub states;
-what was interrupted goes on where it was. SHA256SUMS beside them records revision and digests.
+what was interrupted goes on where it was. SHA256SUMS beside them records revision and digests. With --convert, weights
+of another format are taken where there are no safetensors, and rewritten as those.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented all the same
 
 from model.config import read_config
+from model.conversion.apart import convert
 from model.errors import ModelError
 from model.tokenizer import read_tokenizer
 from server.checkpoint import FILES
+from server.hub import advice, convertible
 
 SUMS = "SHA256SUMS"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 READ_BYTES = 1 << 20
 
 
@@ -31,11 +33,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="ID", help="as on the Hugging Face Hub: gpt2-medium, owner/name")
     parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit [the default branch's last]")
     parser.add_argument("--to", type=Path, metavar="DIR", help="a directory of its own [the Hub's cache]")
+    parser.add_argument(
+        "--convert", action="store_true", help="weights of another format too, rewritten in --to [a directory ID]"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    made: Path | None = arguments.to
     try:
-        directory, revision = _fetch(arguments.model, arguments.revision, arguments.to)
+        if arguments.convert:
+            made, revision = _convert(arguments.model, arguments.revision, arguments.to)
+            directory = made
+        else:
+            directory, revision = _fetch(arguments.model, arguments.revision, arguments.to)
     except HFValidationError:
         raise ModelError(f"{arguments.model!r} is no Hugging Face id") from None
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
@@ -44,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
             "what has arrived is kept: run the command again"
         ) from None
     print(f"{arguments.model} at {revision}, in {directory}")
-    print(f"serve it:  gpt2-server serve {arguments.to or f'{arguments.model} --revision {revision}'}")
+    print(f"serve it:  gpt2-server serve {made or f'{arguments.model} --revision {revision}'}")
     return 0
 
 
@@ -52,7 +62,7 @@ def _fetch(repo: str, revision: str | None, to: Path | None) -> tuple[Path, str]
     """The directory and the commit. Raises ModelError, or what the Hub's client raises."""
     info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     assert info.sha is not None
-    files = _choose([each for each in info.siblings or [] if "/" not in each.rfilename])
+    files = _choose(repo, [each for each in info.siblings or [] if "/" not in each.rfilename])
     lines = [f"# {repo} {info.sha}"]
     directory = Path()
     for file in files:
@@ -66,6 +76,36 @@ def _fetch(repo: str, revision: str | None, to: Path | None) -> tuple[Path, str]
     read_tokenizer(directory, config.vocab_size, config.eos_token_ids)
     (directory / SUMS).write_text("\n".join([*lines, ""]), "utf-8")
     return directory, info.sha
+
+
+def _convert(repo: str, revision: str | None, to: Path | None) -> tuple[Path, str]:
+    """As `_fetch`, of weights in another format: they stay in the Hub's cache, and what is served is made of them."""
+    info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    assert info.sha is not None
+    files = [each for each in info.siblings or [] if "/" not in each.rfilename]
+    weights = convertible({file.rfilename for file in files})
+    if any(file.rfilename.endswith(".safetensors") for file in files) or not weights:
+        raise ModelError(f"{repo} has safetensors, or nothing that can be converted: fetch it without --convert")
+    wanted = [file for file in files if file.rfilename in weights or _is_served(file)]
+    directory = Path()
+    for file in sorted(wanted, key=_order):
+        if file.lfs is not None:
+            _large(repo, file, info.sha, None)
+        path = Path(hf_hub_download(repo, file.rfilename, revision=info.sha))
+        directory = path.parent
+        _checked(path, file)
+    made = to or Path(repo.rpartition("/")[2])
+    convert(directory, made)
+    return made, info.sha
+
+
+def _is_served(file: RepoSibling) -> bool:
+    return any(fnmatch(file.rfilename, pattern) for pattern in FILES)
+
+
+def _order(file: RepoSibling) -> tuple[bool, int]:
+    """Smallest first but for config.json."""
+    return file.rfilename != "config.json", file.size or 0
 
 
 def _large(repo: str, file: RepoSibling, revision: str, to: Path | None) -> None:
@@ -84,22 +124,17 @@ def _large(repo: str, file: RepoSibling, revision: str, to: Path | None) -> None
     part.rename(path)
 
 
-def _choose(files: list[RepoSibling]) -> list[RepoSibling]:
-    """Those that are served, smallest first but for config.json. Raises ModelError."""
-    wanted = [file for file in files if any(fnmatch(file.rfilename, pattern) for pattern in FILES)]
+def _choose(repo: str, files: list[RepoSibling]) -> list[RepoSibling]:
+    """Those that are served. Raises ModelError."""
+    wanted = [file for file in files if _is_served(file)]
     names = {file.rfilename for file in wanted}
     if "config.json" not in names:
         raise ModelError("the repository has no config.json")
     if not any(name.endswith(".safetensors") for name in names):
-        pickled = any(fnmatch(file.rfilename, pattern) for file in files for pattern in PICKLES)
-        raise ModelError(
-            "the repository has pickled weights alone, which can execute code; they are not fetched"
-            if pickled
-            else "the repository has no safetensors weights"
-        )
+        raise ModelError(advice(repo, {file.rfilename for file in files}))
     if "model.safetensors" in names:  # the one that is served, whatever stands beside it
         wanted = [file for file in wanted if ".safetensors" not in file.rfilename or "model." in file.rfilename]
-    return sorted(wanted, key=lambda file: (file.rfilename != "config.json", file.size or 0))
+    return sorted(wanted, key=_order)
 
 
 def _checked(path: Path, file: RepoSibling) -> str:

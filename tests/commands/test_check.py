@@ -64,3 +64,26 @@ def test_what_cannot_be_served_is_refused(checkpoint: Path, capsys: pytest.Captu
     (checkpoint / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
     refused("the checkpoint lacks h.2.")
     assert main(["check", str(checkpoint), "--max-model-len", "2048"]) == 78
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("pytorch_model.bin", "pickled, which can execute code"),
+        ("ckpt.pt", "pickled, which can execute code"),
+        ("tf_model.h5", "in another format (tf_model.h5)"),
+        ("hparams.json", "in another format (hparams.json)"),
+        ("model.gguf", "in another format (model.gguf)"),
+    ],
+)
+def test_another_format_is_answered_with_the_command_that_converts_it(
+    file: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A directory without config.json too, and the file itself."""
+    (tmp_path / file).write_bytes(b"something")
+    assert main(["check", str(tmp_path)]) == 78
+    said = capsys.readouterr().err
+    assert kind in said
+    assert f"gpt2-server convert {tmp_path} NEW_DIR" in said
+    assert main(["check", str(tmp_path / file)]) == 78
+    assert f"gpt2-server convert {tmp_path / file} NEW_DIR" in capsys.readouterr().err

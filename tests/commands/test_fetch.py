@@ -11,12 +11,15 @@ import subprocess
 import sys
 import termios
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "somebody/tiny"
@@ -32,6 +35,7 @@ class Hub(ThreadingHTTPServer):
         self.cuts: dict[str, int] = {}  # bytes after which the connection is cut, once
         self.ranges: list[str] = []  # ranges that were asked for
         self.asked: list[str] = []  # revisions
+        self.pull_requests: dict[str, dict[str, bytes]] = {}  # their files, by refs/pr/N
         self.portal = False  # a network that answers everything with a page to log in to
 
 
@@ -48,8 +52,14 @@ class Answers(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if self.server.portal:
             self._send(200, b"<html>Log in</html>", {"content-type": "text/html"}, body=body)
+        elif path == f"/api/models/{REPO}/refs":
+            refs = [{"name": ref, "ref": ref, "targetCommit": COMMIT} for ref in self.server.pull_requests]
+            found = {"branches": [], "converts": [], "tags": [], "pullRequests": refs}
+            self._send(200, json.dumps(found).encode(), {"content-type": "application/json"})
         elif path.startswith(f"/api/models/{REPO}/tree/"):
-            self._send(200, json.dumps(self._tree()).encode(), {"content-type": "application/json"})
+            revision = urllib.parse.unquote(path.removeprefix(f"/api/models/{REPO}/tree/"))
+            files = self.server.pull_requests.get(revision, self.server.files)
+            self._send(200, json.dumps(self._tree(files)).encode(), {"content-type": "application/json"})
         elif path.startswith(f"/api/models/{REPO}"):
             self.server.asked.append(path.partition("/revision/")[2])
             self._send(200, json.dumps(self._info()).encode(), {"content-type": "application/json"})
@@ -70,10 +80,9 @@ class Answers(BaseHTTPRequestHandler):
             siblings.append(file)
         return {"id": REPO, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False, "downloads": 0}
 
-    def _tree(self) -> list[dict[str, Any]]:
+    def _tree(self, files: dict[str, bytes]) -> list[dict[str, Any]]:
         return [
-            {"type": "file", "path": name, "size": len(content), "oid": git(content)}
-            for name, content in self.server.files.items()
+            {"type": "file", "path": name, "size": len(content), "oid": git(content)} for name, content in files.items()
         ]
 
     def _file(self, name: str, *, body: bool) -> None:
@@ -238,3 +247,49 @@ def test_no_such_model(fetch: Any) -> None:
     assert done.returncode == 78
     assert "did not give" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def pickled(hub: Hub, tiny: Path, directory: Path) -> None:
+    """Leaves the repository with pickled weights alone."""
+    tensors = load_file(tiny / "model.safetensors")
+    torch.save({f"transformer.{name}": tensor for name, tensor in tensors.items()}, directory / "pickled")
+    hub.files["pytorch_model.bin"] = (directory / "pickled").read_bytes()
+    del hub.files["model.safetensors"]
+
+
+def test_pickled_weights_are_converted_when_that_is_asked_for(fetch: Any, hub: Hub, tiny: Path, tmp_path: Path) -> None:
+    pickled(hub, tiny, tmp_path)
+    made = tmp_path / "made"
+    done = fetch(REPO, "--convert", "--to", str(made))
+    assert done.returncode == 0, done.stderr
+    assert f"gpt2-server serve {made}" in done.stdout
+    stored, expected = load_file(made / "model.safetensors"), load_file(tiny / "model.safetensors")
+    assert all(torch.equal(stored[f"transformer.{name}"], expected[name]) for name in expected)
+    assert (made / "vocab.json").read_bytes() == (tiny / "vocab.json").read_bytes()
+    assert not list(made.glob("*.bin"))
+    digests = json.loads((made / "SOURCE.json").read_text())["sha256"]
+    assert digests == {"pytorch_model.bin": sha256(hub.files["pytorch_model.bin"])}
+
+
+@pytest.mark.parametrize("command", ["fetch", "check"])
+def test_pickled_weights_are_answered_with_what_to_type(
+    command: str, fetch: Any, hub: Hub, tiny: Path, tmp_path: Path
+) -> None:
+    pickled(hub, tiny, tmp_path)
+    hub.pull_requests = {"refs/pr/1": {"README.md": b"#"}, "refs/pr/3": {"model.safetensors": b"x"}}
+    done = fetch(REPO, command=command)
+    assert done.returncode == 78
+    assert f"{REPO} has pickled weights alone, which can execute code" in done.stderr
+    assert "--revision refs/pr/3" in done.stderr
+    assert f"gpt2-server fetch {REPO} --convert" in done.stderr
+    assert not list((tmp_path / "hf").rglob("pytorch_model.bin"))
+
+
+def test_checkpoints_of_a_training_run_are_left_where_they_are(fetch: Any, hub: Hub, tmp_path: Path) -> None:
+    """As the Trainer uploads them, in directories of their own."""
+    for name in ("model.safetensors", "tokenizer.json", "optimizer.pt"):
+        hub.files[f"checkpoint-500/{name}"] = b"large"
+    for command in ("fetch", "check"):
+        done = fetch(REPO, command=command)
+        assert done.returncode == 0, done.stderr
+    assert not [path for path in (tmp_path / "hf").rglob("*") if path.name in ("checkpoint-500", "onnx")]

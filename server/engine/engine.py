@@ -332,7 +332,7 @@ class Engine:
     def worker_loaded(self, worker: int, loaded: Loaded) -> str | None:
         if loaded.error is not None:
             log.error("a model cannot be loaded", extra={"key": loaded.key, "reason": loaded.error})
-        return self.variants.tell(loaded)
+        return self.variants.tell(worker, loaded)
 
     def worker_slept(self, worker: int, slept: Slept) -> None:
         if slept.asleep:
@@ -377,7 +377,7 @@ class Engine:
         try:
             for channel in self._channels.values():
                 channel.send(variant.load)
-            await self.variants.loaded(variant, len(self._channels))
+            await self.variants.loaded(variant, max(len(self._channels), 1))  # where none is up, the next one
         except BaseException:
             self.remove_variant(name)
             raise

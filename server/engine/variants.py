@@ -45,7 +45,7 @@ class Variants:
         self._base = base
         self._numbers = itertools.count(1)
         self._by_name: dict[str, Variant] = {}
-        self._loading: dict[str, asyncio.Queue[Loaded]] = {}  # by key
+        self._loading: dict[str, asyncio.Queue[tuple[int, Loaded]]] = {}  # by key
         self._required: dict[str, str] = {}  # names by key: without them there is no service; until they are loaded
 
     def add(
@@ -84,20 +84,25 @@ class Variants:
     # === What workers say ===
 
     async def loaded(self, variant: Variant, workers: int) -> None:
-        """Returns once so many workers have it. Raises ModelError, with the reason, where one cannot load it."""
+        """Returns once so many workers have it. Raises ModelError, with the reason, where one cannot load it.
+
+        A worker that dies is replaced by one that answers for it, perhaps for the second time.
+        """
         answers = self._loading[variant.key] = asyncio.Queue()
+        have = set[int]()
         try:
-            for _ in range(workers):
-                answer = await answers.get()
+            while len(have) < workers:
+                worker, answer = await answers.get()
                 if answer.error is not None:
                     raise ModelError(answer.error)
+                have.add(worker)
         finally:
             del self._loading[variant.key]
 
-    def tell(self, loaded: Loaded) -> str | None:
+    def tell(self, worker: int, loaded: Loaded) -> str | None:
         """Returns why there can be no service, where there cannot."""
         if loaded.key in self._loading:
-            self._loading[loaded.key].put_nowait(loaded)
+            self._loading[loaded.key].put_nowait((worker, loaded))
         name = self._required.pop(loaded.key, None)
         return None if name is None or loaded.error is None else f"{name}: {loaded.error}"
 

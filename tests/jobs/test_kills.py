@@ -117,3 +117,27 @@ def test_two_servers_cannot_have_one_directory(tiny: Path, tmp_path: Path) -> No
         out, _ = second.communicate(timeout=60)
         assert second.returncode == 78
         assert "another server uses the data directory" in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_job_succeeds_though_the_worker_is_killed_as_it_loads_what_the_job_has_made(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """Whenever one is up, from the job's start to its end."""
+    rng, killed = random.Random(7), 0
+    with serving(tiny, "--threads", "1", "--data-dir", str(tmp_path)) as server:
+        expected = server.complete(prompt="The 3th ship", max_tokens=8, seed=1)["choices"]
+        id_ = create(server)
+        while state(server, id_)["status"] not in {"succeeded", "failed"} and killed < 40:
+            if server.metrics()["gpt2_engine_up"]:
+                time.sleep(rng.uniform(0.0, 0.4))
+                with contextlib.suppress(ValueError, psutil.Error):  # it is being replaced
+                    psutil.Process(server.worker_pid).kill()
+                    killed += 1
+            time.sleep(0.05)
+        wait(server, id_)
+        name = state(server, id_)["fine_tuned_model"]
+        assert server.complete(model=name, prompt="The 3th ship", max_tokens=8, seed=1)["choices"]
+        assert server.complete(prompt="The 3th ship", max_tokens=8, seed=1)["choices"] == expected
+        assert killed > 0

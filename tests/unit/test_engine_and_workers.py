@@ -327,6 +327,39 @@ async def test_a_model_beside_the_model_is_served_once_every_worker_has_it(adapt
 
 
 @engine_test
+async def test_a_model_is_loaded_though_workers_die_over_it(adapter: Path) -> None:
+    engine = make_engine(workers=2)
+    workers = [Worker(engine), Worker(engine, 1)]
+    adding = asyncio.create_task(engine.add_variant("mine", adapter))
+    await asyncio.sleep(0)
+    (load,) = workers[0].loads
+    engine.worker_loaded(0, Loaded(load.key))
+    workers[0].dies(killed=True)
+    assert Worker(engine).loads == [load]
+    engine.worker_loaded(0, Loaded(load.key))
+    await asyncio.sleep(0)
+    assert not adding.done(), "the other one has not loaded it"
+    workers[1].dies(killed=True)
+    assert Worker(engine, 1).loads == [load]
+    engine.worker_loaded(1, Loaded(load.key))
+    assert (await adding).name == "mine"
+
+
+@engine_test
+async def test_a_model_that_comes_while_no_worker_is_up_is_checked_by_the_next(adapter: Path) -> None:
+    engine = make_engine()
+    Worker(engine).dies(killed=True)
+    adding = asyncio.create_task(engine.add_variant("mine", adapter))
+    await asyncio.sleep(0)
+    assert not adding.done()
+    (load,) = Worker(engine).loads
+    engine.worker_loaded(0, Loaded(load.key, "the adapter does not fit the model"))
+    with pytest.raises(ModelError, match="does not fit"):
+        await adding
+    assert engine.variants.find("mine") is None
+
+
+@engine_test
 async def test_a_model_that_a_worker_cannot_load_is_not_served(adapter: Path) -> None:
     engine = make_engine()
     worker = Worker(engine)

@@ -103,7 +103,6 @@ class Reader:
     context: int
     template: ChatTemplate | None = None
     too_long: TooLong = TooLong.TRUNCATE
-    preferences: bool = False
     counts: Counts = field(default_factory=Counts)
 
 
@@ -209,6 +208,14 @@ def _answer(asked: list[Any], name: str, value: dict[str, Any], reader: Reader) 
     if said[0].get("role") != "assistant":
         raise _BadLineError(f"'{name}' is no message of the assistant")
     return _chat([*asked, said[0]], reader.template)
+
+
+def text_windows(text: str, tokenizer: Tokenizer, context: int) -> list[Example]:
+    """A whole document. Raises DataError."""
+    try:
+        return _windows(_tokens([(text, True)], tokenizer), context)
+    except _BadLineError as error:
+        raise DataError(str(error)) from None
 
 
 def _fit(example: Example, reader: Reader, *, split: bool = True) -> list[Example]:

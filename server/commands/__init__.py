@@ -19,6 +19,7 @@ COMMANDS = {
     "check": "say what a model is and needs, or why it cannot be served",
     "fine-tune": "train a model, or an adapter for it, on examples",
     "distill": "train a smaller model to say what a larger one would",
+    "evaluate": "say how well models say a held-out text",
     "completion": "print a script that completes commands and flags in a shell",
     "healthcheck": "ask a running server whether it is well",
 }

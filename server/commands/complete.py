@@ -13,11 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.types import Message, Scope
+from starlette.types import Message
 
-from model.errors import ModelError
 from server import logs
-from server.assembly import POLL, Backend, assemble
+from server.commands.local import post_completion, serving_here
 from server.errors import SettingsError
 from server.settings import Settings, read_settings, some_flags
 
@@ -56,8 +55,7 @@ def _field(text: str) -> tuple[str, Any]:
 
 def run(arguments: argparse.Namespace) -> int:
     logs.configure("warning")
-    alone = {"api_key": None, "api_key_file": None, "data_dir": None, "database_url": None, "playground": False}
-    settings = read_settings(arguments).model_copy(update={**alone, "workers": 1, "max_num_seqs": SEATS})
+    settings = read_settings(arguments).model_copy(update={"max_num_seqs": SEATS})
     body = json.dumps(_body(arguments)).encode()
     try:
         return asyncio.run(_complete(settings, body))
@@ -76,13 +74,8 @@ def _body(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _complete(settings: Settings, body: bytes) -> int:
-    backend = assemble(settings)
-    workers = backend.start()
-    try:
-        await _until_ready(backend, workers)
+    async with serving_here(settings) as backend:
         return await Call(body, _show).make(backend.app)
-    finally:
-        await backend.stop(workers)
 
 
 def _show(text: str) -> None:
@@ -90,37 +83,24 @@ def _show(text: str) -> None:
     print(text.translate(CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
 
 
-async def _until_ready(backend: Backend, workers: list[asyncio.Task[int]]) -> None:
-    while not backend.engine.ready:
-        if any(worker.done() for worker in workers):
-            raise ModelError("the model could not be loaded; the reason is in the line above")
-        await asyncio.sleep(POLL)
-
-
 class Call:
     """One streamed POST /v1/completions, made to the application itself."""
 
     def __init__(self, body: bytes, write: Callable[[str], None]) -> None:
         self._write = write
-        self._bodies = [body]
+        self._body = body
         self._received = b""
         self._later: dict[int, str] = {}  # of choices that are shown when the first has ended
 
     async def make(self, app: FastAPI) -> int:
         """Returns the exit status. Raises SettingsError with what the application refused."""
-        await app(_scope(), self._receive, self._send)
+        await post_completion(app, self._body, self._send)
         if self._received:
             raise SettingsError(json.loads(self._received)["error"]["message"])
         for _, text in sorted(self._later.items()):
             self._write(f"{BETWEEN}{text}")
         self._write("\n")
         return 0
-
-    async def _receive(self) -> Message:
-        if self._bodies:
-            return {"type": "http.request", "body": self._bodies.pop(), "more_body": False}
-        await asyncio.Event().wait()  # nobody hangs up; who is interrupted is cancelled
-        raise AssertionError
 
     async def _send(self, message: Message) -> None:
         self._received += message.get("body", b"")
@@ -137,21 +117,3 @@ class Call:
                 self._write(choice["text"])
             else:
                 self._later[choice["index"]] = self._later.get(choice["index"], "") + choice["text"]
-
-
-def _scope() -> Scope:
-    path = "/v1/completions"
-    return {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": [(b"content-type", b"application/json")],
-        "client": None,
-        "server": None,
-    }

@@ -59,7 +59,7 @@ class Scorer:
 
 
 def windows(path: Path, tokenizer: Tokenizer, context: int, count: int) -> Iterator[list[int]]:
-    ids = [token for text in read_documents(path) for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
+    ids = [token for text in read_documents(path) for token in [*tokenizer.encode(text), *tokenizer.eos_token_ids[:1]]]
     for begin in np.linspace(0, len(ids) - context, count).astype(int):
         yield ids[begin : begin + context]
 

@@ -1,69 +1,99 @@
 """Byte-level BPE from a checkpoint's own vocabulary files, run by tiktoken. Imports no torch.
 
-Knows nothing of streams or of text offsets: it turns text into ids, and ids into bytes and characters.
+Knows nothing of streams or of text offsets: it turns text into ids, and ids into bytes and characters. It is the fast
+path: a vocabulary for which tiktoken is not proven to give what the library `tokenizers` gives is left to that one.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tiktoken
 
-from model import files
+from model import files as model_files
 from model.errors import TokenizerError
+from model.files import VOCABULARY_BYTES, is_file
+from model.vocabulary import Ends, decide_ends, embeds_all
+
+if TYPE_CHECKING:
+    from model.tokenizer_files import AddedToken, TokenizerFiles
 
 # GPT-2's pre-tokenizer (Radford et al. 2019), with possessive quantifiers so that no text backtracks.
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = "<|endoftext|>"
+# sha256 of the merges of OpenAI's own GPT-2, one a line
+OPENAI_PAIRS = "ac33235097fe06d4a8fff0feac994644809e6eb6ab70669e1e9fd40ae032428e"
+ADDED_MAX = 64  # added tokens that are held against each other
 _utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 class ByteLevelTokenizer:
-    """Text to token ids and back to bytes. A literal special token in a text, `<|endoftext|>`, is one token."""
+    """Text to token ids and back to bytes. A literal added token in a text, `<|endoftext|>`, is one token."""
 
     kind = "GPT2Tokenizer"
     byte_level = True
 
     def __init__(
-        self, ranks: dict[bytes, int], special: dict[str, int], eos_tokens: Sequence[str], vocab_size: int
+        self,
+        ranks: dict[bytes, int],
+        added: Mapping[str, int],
+        ends: Ends | Sequence[str],
+        vocab_size: int,
+        *,
+        plain: Iterable[str] = (),
+        named: Mapping[str, str] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
-        """`ranks` maps each token's bytes to its id, ids in the order of their merges; `vocab_size` is the model's."""
-        if not eos_tokens or not special.keys() >= set(eos_tokens):
-            raise TokenizerError("the vocabulary has no end-of-text token")
-        largest = max(*ranks.values(), *special.values())
-        if largest >= vocab_size:
-            raise TokenizerError(f"the vocabulary has token {largest}, the model's {vocab_size} embeddings do not")
+        """`ranks` maps each token's bytes to its id, ids in the order of their merges; `vocab_size` is the model's.
+
+        ends: or their texts. plain: which of the added tokens are no special ones.
+        """
+        if not isinstance(ends, Ends):
+            named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), ends[0])
+            ids = tuple(added[text] for text in ends)
+            ends = Ends(ids, (), ids[0])
         self._ranks = ranks
-        self._special = special
+        self._added = dict(added)
         self._bytes: list[bytes] = [b""] * vocab_size  # ids the model has and the vocabulary lacks decode to nothing
         for token, id_ in ranks.items():
             self._bytes[id_] = token
-        for text, id_ in special.items():
-            self._bytes[id_] = text.encode()
-        self.special_tokens = frozenset(special)
-        self.special_ids = frozenset(special.values())
-        self.eos_token_ids = tuple(special[token] for token in eos_tokens)
-        self.eos_token, self.eos_token_id = eos_tokens[0], self.eos_token_ids[0]
-        self.bos_token = self.unk_token = self.eos_token  # GPT-2 has one token for all of it
+        alphabet = byte_alphabet()
+        for text, id_ in added.items():
+            if id_ < vocab_size:
+                self._bytes[id_] = bytes_of(text, alphabet)
+        self.special_tokens = frozenset(added) - frozenset(plain)
+        self.special_ids = frozenset(added[text] for text in self.special_tokens)
+        self._kept = frozenset(plain)
+        self.ends = ends
+        self.eos_token_ids = ends.ids
+        self.eos_token_id = next(iter(ends.ids), None)
+        self.start_id = ends.start
+        self.named = named or {}
+        self.options = options or {}
         self.vocab_size = vocab_size
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
         """Some 25 MB, made for the first text: a process that turns ids into text alone does without."""
-        return tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=self._ranks, special_tokens=self._special)
+        return tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=self._ranks, special_tokens=self._added)
 
     def encode(self, text: str) -> list[int]:
         """Raises UnicodeEncodeError for a lone surrogate; parsing keeps those out."""
-        return self._encoding.encode(text, allowed_special=self.special_tokens)
+        return self._encoding.encode(text, allowed_special="all")
+
+    encode_prompt = encode  # nothing is put around a text
 
     def encode_plain(self, text: str) -> list[int]:
         """Names of special tokens are text like any other."""
-        return self._encoding.encode_ordinary(text)
+        if not self._kept:
+            return self._encoding.encode_ordinary(text)
+        return self._encoding.encode(text, allowed_special=self._kept, disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         table = self._bytes
@@ -116,46 +146,108 @@ def name_of(raw: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def read_byte_level(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> ByteLevelTokenizer:
-    """From vocab.json + merges.txt, or tokenizer.json. Raises TokenizerError."""
-    if files.is_file(directory / "vocab.json") and files.is_file(directory / "merges.txt"):
-        vocab = read_json(directory / "vocab.json")
-        merges: Iterable[tuple[str, str]] = _read_merges(directory / "merges.txt")
-        special = {token: id_ for token, id_ in vocab.items() if id_ in eos_token_ids}
-    elif files.is_file(directory / "tokenizer.json"):
-        vocab, merges, special = _read_tokenizer_json(directory / "tokenizer.json")
-    else:
-        raise TokenizerError("the checkpoint has neither vocab.json and merges.txt nor tokenizer.json")
-    names = {id_: token for token, id_ in special.items()}
-    ends = [names[id_] for id_ in eos_token_ids if id_ in names] or [END_OF_TEXT]
-    return ByteLevelTokenizer(_ranks(vocab, merges, special), special, ends, vocab_size)
+def read_byte_level(
+    files: TokenizerFiles, vocab_size: int, declared: Sequence[int], *, forced: bool = False
+) -> ByteLevelTokenizer | None:
+    """None where tiktoken is not proven to give what the library would. Raises TokenizerError."""
+    if not _is_simple(files):
+        return None
+    vocab = read_vocab(files)
+    ranks = _ranks(vocab, files)
+    added = None if ranks is None else _added(vocab, ranks, files.added)
+    if ranks is None or added is None:
+        return None
+    embeds_all((id_ for text, id_ in vocab.items() if text not in added), vocab_size)
+    plain = [token.content for token in files.added if not token.special]
+    special = frozenset(id_ for text, id_ in added.items() if text not in plain)
+    ends = decide_ends(files.named, {**vocab, **added}, special, vocab_size, declared, forced=forced)
+    return ByteLevelTokenizer(ranks, added, ends, vocab_size, plain=plain, named=files.named, options=files.options)
 
 
-def _ranks(vocab: dict[str, int], merges: Iterable[tuple[str, str]], special: dict[str, int]) -> dict[bytes, int]:
-    """The vocabulary as bytes. tiktoken merges the pair of lowest id first, so ids must rise in merge order."""
-    alphabet = _byte_alphabet()
-    previous = -1
-    for left, right in merges:
+def _is_simple(files: TokenizerFiles) -> bool:
+    """No option and no added token asks for more than tiktoken does."""
+    options = files.options
+    changes = ("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens")
+    around = files.json.get("post_processor") if files.json is not None else None
+    texts = [token.content for token in files.added]
+    return (
+        files.kind.value == ByteLevelTokenizer.kind
+        and not any(options.get(name) for name in changes)
+        and (around is None or (isinstance(around, dict) and around.get("type") == "ByteLevel"))
+        and len(texts) <= ADDED_MAX
+        and all(token.plain and token.content for token in files.added)
+        and not any(_overlap(left, right) for left in texts for right in texts if left != right)
+    )
+
+
+def _overlap(left: str, right: str) -> bool:
+    """Whether the two can share characters of a text: then which is found first depends on who looks."""
+    return right in left or any(left.endswith(right[:size]) for size in range(1, min(len(left), len(right))))
+
+
+def _ranks(vocab: dict[str, int], files: TokenizerFiles) -> dict[bytes, int] | None:
+    """The tokens that BPE can make, as bytes; None where tiktoken could make others of a text.
+
+    tiktoken joins the two neighbours whose joint bytes are the lowest token. That is BPE where each token is what one
+    merge makes, ids rise in the order of the merges from the single bytes on, and each token's own bytes become it.
+    """
+    alphabet = byte_alphabet()
+    single = {character: vocab[character] for character in alphabet if character in vocab}
+    if len(single) < len(alphabet):
+        return None
+    ranks = {bytes([alphabet[character]]): id_ for character, id_ in single.items()}
+    previous = max(single.values())
+    digest = hashlib.sha256()
+    pairs: dict[tuple[int, int], int] = {}
+    for left, right in read_merges(files):
+        digest.update(f"{left} {right}\n".encode())
         id_ = vocab.get(left + right)
-        if id_ is None:
-            raise TokenizerError("merges.txt makes a token that the vocabulary does not have")
-        if id_ < previous:
-            raise TokenizerError("the vocabulary's ids are not in the order of its merges")
+        if id_ is None or left not in vocab or right not in vocab:
+            raise TokenizerError("the merges make a token that the vocabulary does not have")
+        token = bytes(alphabet.get(character, 0) for character in left + right)
+        if id_ <= previous or token in ranks or not alphabet.keys() >= set(left + right):
+            return None
+        ranks[token], pairs[vocab[left], vocab[right]] = id_, id_
         previous = id_
-    try:
-        ranks = {
-            bytes(alphabet[character] for character in token): id_
-            for token, id_ in vocab.items()
-            if token not in special
-        }
-    except KeyError as error:
-        raise TokenizerError("the vocabulary is not byte-level BPE") from error
-    if any(bytes([value]) not in ranks for value in range(256)):
-        raise TokenizerError("the vocabulary does not hold all 256 bytes")
-    return ranks
+    known = digest.hexdigest() == OPENAI_PAIRS
+    return ranks if known or _all_are_reached(pairs) else None
 
 
-def _byte_alphabet() -> dict[str, int]:
+def _all_are_reached(pairs: Mapping[tuple[int, int], int]) -> bool:
+    """Whether the bytes of each token, by themselves, become that token: no merge across its two halves comes sooner.
+
+    pairs: halves of each token. The walk down the border of the halves is that of Neubeck and van Antwerpen (2024,
+    "So many tokens, so little time").
+    """
+    halves = {token: pair for pair, token in pairs.items()}
+    for (left, right), token in pairs.items():
+        limit, a, b = token, left, right
+        while pairs.get((a, b), limit) >= limit:
+            if a > b and a in halves:
+                limit, a = a, halves[a][1]
+            elif b in halves:
+                limit, b = b + 1, halves[b][0]
+            else:
+                break
+        else:
+            return False
+    return True
+
+
+def _added(vocab: Mapping[str, int], ranks: Mapping[bytes, int], tokens: Iterable[AddedToken]) -> dict[str, int] | None:
+    """Ids of added tokens: the vocabulary's, or the next ones; None where one is also what BPE makes."""
+    alphabet = byte_alphabet()
+    added: dict[str, int] = {}
+    for token in tokens:
+        if bytes_of(token.content, alphabet) in ranks or token.content.encode() in ranks:
+            return None
+        largest = max(added.values(), default=-1)
+        fresh = largest + 1 if largest >= len(vocab) else len(vocab)
+        added[token.content] = vocab.get(token.content, fresh)
+    return added
+
+
+def byte_alphabet() -> dict[str, int]:
     """GPT-2 writes each byte as a printable character; printable bytes stand for themselves, others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printable]
@@ -164,12 +256,53 @@ def _byte_alphabet() -> dict[str, int]:
     return alphabet
 
 
+def bytes_of(piece: str, alphabet: Mapping[str, int]) -> bytes:
+    """Of a piece that is not written in the alphabet alone, its UTF-8, as the library decodes it."""
+    values = [alphabet.get(character) for character in piece]
+    return piece.encode() if None in values else bytes(value for value in values if value is not None)
+
+
+# === Files ===
+
+
+def read_vocab(files: TokenizerFiles) -> dict[str, int]:
+    """Raises TokenizerError."""
+    if files.json is None:
+        if not is_file(files.directory / "vocab.json"):
+            raise TokenizerError(
+                "the checkpoint has neither vocab.json and merges.txt nor tokenizer.json, vocab.txt or spiece.model"
+            )
+        return read_json(files.directory / "vocab.json")
+    model = files.json.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict) or not _is_vocab(vocab):
+        raise TokenizerError("tokenizer.json does not hold a vocabulary")
+    return vocab
+
+
+def read_merges(files: TokenizerFiles) -> Iterator[tuple[str, str]]:
+    """One by one: all of them are 10 MB that would stay with the process. Raises TokenizerError."""
+    if files.json is None:
+        yield from _read_merges(files.directory / "merges.txt")
+        return
+    merges = files.json["model"].get("merges", [])
+    if not isinstance(merges, list):
+        raise TokenizerError("tokenizer.json is not a BPE tokenizer")
+    for pair in merges:
+        if isinstance(pair, str):
+            yield _pair(pair)
+        elif isinstance(pair, list) and len(pair) == 2 and all(isinstance(half, str) for half in pair):
+            yield pair[0], pair[1]
+        else:
+            raise TokenizerError("tokenizer.json: a merge is not a pair of tokens")
+
+
 def read_text(path: Path) -> str:
-    return files.read_text(path, files.VOCABULARY_BYTES, TokenizerError)
+    return model_files.read_text(path, VOCABULARY_BYTES, TokenizerError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    value = files.read_json(path, files.VOCABULARY_BYTES, TokenizerError)
+    value = model_files.read_json(path, VOCABULARY_BYTES, TokenizerError)
     if not isinstance(value, dict) or (path.name == "vocab.json" and not _is_vocab(value)):
         raise TokenizerError(f"{path.name} does not hold a vocabulary")
     return value
@@ -178,7 +311,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _is_vocab(value: object) -> bool:
     return (
         isinstance(value, dict)
-        and len(value) > 256
+        and len(value) > 1
         and all(type(id_) is int and id_ >= 0 for id_ in value.values())  # a boolean is no id
         and len(set(value.values())) == len(value)
     )
@@ -196,24 +329,3 @@ def _pair(line: str) -> tuple[str, str]:
     if not left or not right or " " in right:
         raise TokenizerError("merges.txt: a line is not a pair of tokens")
     return left, right
-
-
-def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
-    raw = read_json(path)
-    try:
-        model = raw["model"]
-        vocab = model["vocab"]
-        merges = [_pair(pair) if isinstance(pair, str) else (pair[0], pair[1]) for pair in model["merges"]]
-        added = [(each["content"], each["id"]) for each in raw.get("added_tokens", []) if each["special"]]
-        kind = model.get("type", "BPE")
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise TokenizerError("tokenizer.json is not a BPE tokenizer") from error
-    texts = [text for pair in merges for text in pair] + [content for content, _ in added]
-    ids = [id_ for _, id_ in added]
-    if kind != "BPE" or not _is_vocab(vocab) or not all(isinstance(text, str) and text for text in texts):
-        raise TokenizerError("tokenizer.json is not a BPE tokenizer")
-    special = dict(added)
-    taken = {id_ for token, id_ in vocab.items() if token not in special}
-    if not all(type(id_) is int and id_ >= 0 and id_ not in taken for id_ in ids) or len(set(ids)) < len(ids):
-        raise TokenizerError("tokenizer.json: an added token has no id of its own")
-    return vocab, merges, special

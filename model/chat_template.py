@@ -36,8 +36,8 @@ class _Generation(Extension):
 
 
 class ChatTemplate:
-    def __init__(self, source: str, *, bos_token: str, eos_token: str) -> None:
-        """Raises TemplateRefused where it is no template."""
+    def __init__(self, source: str, *, named: Mapping[str, str]) -> None:
+        """named: the special tokens that have a role, as bos_token. Raises TemplateRefused where it is no template."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
@@ -48,7 +48,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateRefused(f"the chat template is wrong in line {error.lineno}: {error.message}") from None
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._tokens = {"bos_token": "", "eos_token": "", **named}
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         """messages: role, content, and name where there is one. Raises TemplateRefused where it does not take them."""

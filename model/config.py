@@ -5,6 +5,7 @@ The file is data: known keys are read, the rest is ignored, and nothing in it is
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -22,6 +23,9 @@ MOST = {  # what a shape may be; the largest GPT-2s have 48 layers of width 1600
     "vocab_size": 1 << 21,
     "n_inner": 1 << 18,
 }
+
+
+OTHER_HEADS = re.compile(r"(TF|Flax)?GPT2For\w{1,60}")  # of transformers: classifiers, question answering
 
 
 class Activation(Enum):
@@ -104,6 +108,7 @@ def _end_of_bert(path: Path) -> int | None:
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     if raw.get("model_type", "gpt2") != "gpt2":
         raise ConfigError(f"config.json describes a {str(raw['model_type'])[:40]!r} model; this server runs gpt2")
+    _check_kind(raw)
     n_embd = _positive_int(raw, "n_embd")
     n_head = _positive_int(raw, "n_head")
     if n_embd % n_head:
@@ -123,6 +128,22 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         tie_word_embeddings=_flag(raw, "tie_word_embeddings", True),
         eos_token_ids=_eos_token_ids({"eos_token_id": 50256, **raw}, "config.json", vocab_size),
     )
+
+
+def _check_kind(raw: dict[str, Any]) -> None:
+    """Raises ConfigError for a GPT-2 that is something else than a network of floating point numbers and a head that
+    says the next token."""
+    classes = raw.get("architectures")
+    for name in classes if isinstance(classes, list) else []:
+        if OTHER_HEADS.fullmatch(str(name)):
+            raise ConfigError(f"config.json describes a {name}, whose head does not say the next token")
+    quantised = raw.get("quantization_config")
+    if quantised is not None:
+        method = str(quantised.get("quant_method", "somehow"))[:40] if isinstance(quantised, dict) else "somehow"
+        raise ConfigError(
+            f"its weights are quantised ({method}), which is not read; serve the model that they were made from, with "
+            "--quantization int8 where memory is short"
+        )
 
 
 def check_variant(variant: ModelConfig, base: ModelConfig) -> None:

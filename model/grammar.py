@@ -34,7 +34,7 @@ class _Words(TokenizerWrapper):
         """In place of the wrapper's own, which begins by encoding a text: some tokenizers get large by that."""
         self.is_tokenizer_wrapper = True
         self.bos_token_id = None
-        self.eos_token_id = tokenizer.eos_token_id
+        self.eos_token_id = tokenizer.eos_token_ids[0]
         self.special_token_ids = sorted(tokenizer.special_ids)
         self.tokens = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
         self._encode = tokenizer.encode_plain  # what a grammar says is text, the names of special tokens too
@@ -95,7 +95,13 @@ class Matcher:
 
 class Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Takes some 200 ms: the vocabulary as a tree of bytes."""
+        """Takes some 200 ms: the vocabulary as a tree of bytes.
+
+        Raises GrammarError where no grammar can be followed: text is more than the bytes of its tokens, or nothing
+        ends it.
+        """
+        if not tokenizer.byte_level or not tokenizer.eos_token_ids:
+            raise GrammarError("grammars need a vocabulary of bytes, with a token that ends a text")
         self._ends = frozenset(tokenizer.eos_token_ids)
         self._tokenizer = LLTokenizer(_Words(tokenizer), eos_token=list(tokenizer.eos_token_ids))
         self._bytes = {tokenizer.token_bytes(id_): id_ for id_ in reversed(range(tokenizer.vocab_size))}

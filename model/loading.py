@@ -18,7 +18,7 @@ from model.kernels.library import KernelsUnavailableError, load
 from model.kernels.ops import KernelOps
 from model.memory import give_back
 from model.ops import Ops, TorchOps
-from model.weights import Progress, read_weights
+from model.weights import Progress, as_stored, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,8 @@ def load_model(
     ops = choose_ops(device, dtype, kernels, quantization, deterministic=deterministic)
     try:
         with torch.inference_mode():
-            network = GPT2(config, read_weights(directory, config, progress), ops, head_tokens)
+            weights = read_weights(directory, config, progress)
+            network = GPT2(as_stored(config, weights), weights, ops, head_tokens)
     except cuda.OutOfMemoryError as error:
         raise DeviceError(f"{cuda.describe(device)} has too little free memory for the weights") from error
     give_back()

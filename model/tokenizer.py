@@ -1,20 +1,21 @@
 """What a tokenizer is to the rest of the program, and which one a checkpoint has. Imports no torch.
 
-Most GPT-2s have byte-level BPE. Chinese and Japanese ones have WordPiece or a unigram vocabulary, whose libraries are
-an extra: `pip install gpt2-server[tokenizers]`.
+Ids, texts and special tokens are those of transformers 5's AutoTokenizer on the same directory. Most GPT-2s have
+byte-level BPE, which tiktoken runs; the rest is run by the library `tokenizers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from model.byte_level import END_OF_TEXT, read_byte_level, read_json
-from model.errors import TokenizerError
+from model.byte_level import END_OF_TEXT, read_byte_level
 from model.files import is_file
-from model.unigram import SPIECE_NAMES, read_spiece, unigram_from_json
-from model.wordpiece import read_wordpiece, wordpiece_from_json
+from model.tokenizer_files import SPIECE_NAMES, Kind, TokenizerFiles, read_files
+from model.unigram import read_spiece
+from model.vocabulary import Ends
 
 __all__ = ["END_OF_TEXT", "Decoder", "Tokenizer", "read_tokenizer"]
 
@@ -34,16 +35,29 @@ class Tokenizer(Protocol):
     kind: str  # transformers' name for it
     byte_level: bool  # any text can be written, and is the bytes of its tokens, joined
     vocab_size: int  # the model's; ids that the vocabulary lacks have no text
-    eos_token: str
-    eos_token_id: int  # the one that a text is ended with
-    eos_token_ids: tuple[int, ...]  # all that end a text, that one first
-    bos_token: str
-    unk_token: str
+    ends: Ends
+    eos_token_ids: tuple[int, ...]  # all that end a text, the one that a text is ended with first; perhaps none
+    eos_token_id: int | None  # that one
+    start_id: int | None  # what stands in place of an empty text
     special_tokens: frozenset[str]
     special_ids: frozenset[int]
 
+    @property
+    def named(self) -> Mapping[str, str]:
+        """Texts of the special tokens that have a role, as eos_token."""
+        ...
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What else the checkpoint says of its tokenizer."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Raises UnicodeEncodeError for a lone surrogate; parsing keeps those out."""
+        ...
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """With the special tokens that the tokenizer puts around a text by itself: often none."""
         ...
 
     def encode_plain(self, text: str) -> list[int]:
@@ -71,28 +85,31 @@ class Tokenizer(Protocol):
         ...
 
 
-def read_tokenizer(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> Tokenizer:
-    """By the files that are there. Raises TokenizerError: none, one that contradicts the model, no library for it."""
-    if is_file(directory / "vocab.json") and is_file(directory / "merges.txt"):
-        return read_byte_level(directory, vocab_size, eos_token_ids)
-    if is_file(directory / "tokenizer.json"):
-        return _from_json(directory, vocab_size, eos_token_ids)
-    if is_file(directory / "vocab.txt"):
-        return read_wordpiece(directory, vocab_size, eos_token_ids)
-    for name in SPIECE_NAMES:
-        if is_file(directory / name):
-            return read_spiece(directory / name, vocab_size, eos_token_ids)
-    raise TokenizerError(
-        "the checkpoint has neither vocab.json and merges.txt nor tokenizer.json, vocab.txt or spiece.model"
+def read_tokenizer(
+    directory: Path, vocab_size: int, eos_token_ids: Sequence[int], *, forced: bool = False
+) -> Tokenizer:
+    """The one that transformers' AutoTokenizer would read. vocab_size: the model's.
+
+    eos_token_ids: those that the model's configuration names, of which ordinary words end nothing; with `forced`,
+    exactly those that do. Raises TokenizerError: no files, files that contradict the model, no library for them.
+    """
+    files = read_files(directory)
+    if _is_spiece_alone(files):
+        return read_spiece(files, vocab_size, eos_token_ids, forced=forced)
+    fast = read_byte_level(files, vocab_size, eos_token_ids, forced=forced)
+    if fast is not None:
+        return fast
+    # The library is 10 MB that most models do without.
+    library = importlib.import_module("model.library_tokenizer")
+    tokenizer: Tokenizer = library.LibraryTokenizer(files, vocab_size, eos_token_ids, forced=forced)
+    return tokenizer
+
+
+def _is_spiece_alone(files: TokenizerFiles) -> bool:
+    """A SentencePiece model of which nothing says how transformers is to read it."""
+    return (
+        files.kind is Kind.GPT2
+        and files.json is None
+        and not is_file(files.directory / "vocab.json")
+        and any(is_file(files.directory / name) for name in SPIECE_NAMES)
     )
-
-
-def _from_json(directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> Tokenizer:
-    model = read_json(directory / "tokenizer.json").get("model")
-    match model.get("type") if isinstance(model, dict) else None:
-        case "WordPiece":
-            return wordpiece_from_json(directory, vocab_size, eos_token_ids)
-        case "Unigram":
-            return unigram_from_json(directory, vocab_size, eos_token_ids)
-        case _:
-            return read_byte_level(directory, vocab_size, eos_token_ids)

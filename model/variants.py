@@ -22,7 +22,7 @@ from model.config import ModelConfig, check_shape, read_config
 from model.errors import AdapterError, WeightsError
 from model.gpt2 import GPT2
 from model.ops import Ops
-from model.weights import Progress, expected_shapes, read_weights
+from model.weights import Progress, as_stored, expected_shapes, read_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,9 @@ class Variants:
             return self._load_adapter(directory, progress)
         config = read_config(directory)
         check_shape(config, self._network.config)
-        return Variant(GPT2(config, read_weights(directory, config, progress), self._ops), None, _bytes(config))
+        weights = read_weights(directory, config, progress)
+        config = as_stored(config, weights)
+        return Variant(GPT2(config, weights, self._ops), None, _bytes(config))
 
     def _load_adapter(self, directory: Path, progress: Progress | None) -> Variant:
         """Beside the network where it is low-rank pairs alone; else as a network of its own, merged with the base."""

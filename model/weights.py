@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ Progress = Callable[[float], None]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+EMBEDDINGS, HEAD = "wte.weight", "lm_head.weight"
+PREFIXES = re.compile(r"(_orig_mod|module|model|transformer)\.")
 SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONVERT = "gpt2-server convert DIR NEW_DIR"
@@ -54,11 +57,15 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def read_weights(directory: Path, config: ModelConfig, progress: Progress | None = None) -> dict[str, Tensor]:
     """The tensors of `expected_shapes`, as stored (memory-mapped). Others in the file are ignored.
 
+    Where the configuration ties the output layer to the embeddings and the file has another one nevertheless, that is
+    among them too: see `as_stored`. Tied weights may have the name of either.
+
     progress: told the share that was read, from 0 to 1, after each tensor.
 
     Raises WeightsError: a file or tensor is missing, truncated, mis-shaped, not floating point, non-finite or pickled.
     """
     shapes = expected_shapes(config)
+    shapes[HEAD] = shapes[EMBEDDINGS]
     found: dict[str, Tensor] = {}
     numbers = 0
     for path in _files(directory):
@@ -67,13 +74,34 @@ def read_weights(directory: Path, config: ModelConfig, progress: Progress | None
             found[name] = tensor
             numbers += tensor.numel()
             if progress is not None:
-                progress(numbers / config.parameters)
-    missing = sorted(shapes.keys() - found.keys())
+                progress(min(numbers / config.parameters, 1.0))
+    if config.tie_word_embeddings and HEAD in found:
+        _tie(found)
+    missing = sorted(expected_shapes(config).keys() - found.keys())
     if missing:
         raise WeightsError(
             f"the checkpoint lacks {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
         )
     return found
+
+
+def _tie(found: dict[str, Tensor]) -> None:
+    """Of an output layer that is the embeddings, keep one."""
+    head = found.pop(HEAD)
+    if not torch.equal(found.setdefault(EMBEDDINGS, head), head):
+        found[HEAD] = head
+
+
+def as_stored(config: ModelConfig, weights: Mapping[str, Tensor]) -> ModelConfig:
+    """The configuration that these weights have: an output layer of its own overrules what config.json says."""
+    return replace(config, tie_word_embeddings=False) if HEAD in weights else config
+
+
+def plain_name(stored: str) -> str:
+    """A tensor's name without what wrappers put before it: torch.compile, DataParallel, and modules that hold one."""
+    while (cut := PREFIXES.match(stored)) is not None:
+        stored = stored[cut.end() :]
+    return stored
 
 
 def _files(directory: Path) -> list[Path]:
@@ -99,7 +127,7 @@ def _tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[s
     try:
         with safe_open(path, framework="pt") as file:
             for stored in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                name = stored.removeprefix("transformer.")
+                name = plain_name(stored)
                 if name in shapes:
                     yield name, file.get_tensor(stored)
     except SafetensorError as error:
@@ -112,7 +140,8 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise WeightsError(f"{name} has shape {tuple(tensor.shape)}, config.json asks for {shape}")
     if tensor.dtype not in FLOATS:
-        raise WeightsError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not floating point")
+        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in FLOATS)
+        raise WeightsError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not floating point of {kinds}")
     # One pass, no copy: the sum of a tensor with a NaN or an infinity is not finite (float64 cannot overflow here).
     if not math.isfinite(tensor.sum(dtype=torch.float64).item()):
         raise WeightsError(f"{name} holds NaN or infinity")

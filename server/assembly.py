@@ -113,7 +113,7 @@ def assemble(settings: Settings) -> Backend:
     )
     whitespace = Whitespace(settings.json_whitespace)
     command = checker_command(str(checkpoint.directory), config.vocab_size, tokenizer.eos_token_ids, whitespace)
-    grammars = GrammarChecker(command) if tokenizer.byte_level else None
+    grammars = GrammarChecker(command) if tokenizer.byte_level and tokenizer.eos_token_ids else None
     keys = _keyring(settings)
     chat_template = _chat_template(settings, tokenizer)
     tracing = _tracing()
@@ -202,7 +202,7 @@ def _chat_template(settings: Settings, tokenizer: Tokenizer) -> ChatTemplate | N
     if settings.chat_template is None:
         return None
     path = Path(settings.chat_template).expanduser()
-    return read_chat_template(path, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    return read_chat_template(path, named=tokenizer.named)
 
 
 def _served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int) -> ServedModel:

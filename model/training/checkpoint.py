@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.config import ModelConfig, read_config
 from model.training.network import Network
-from model.weights import read_weights
+from model.weights import as_stored, read_weights
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -58,8 +58,8 @@ def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 def load_network(directory: Path) -> Network:
     """A checkpoint for training or measuring, in fp32. Raises ConfigError or WeightsError."""
     config = read_config(directory)
-    network = Network(config)
     weights = read_weights(directory, config)
+    network = Network(as_stored(config, weights))
     named = {name if name == "lm_head.weight" else f"transformer.{name}": weight for name, weight in weights.items()}
     network.load_state_dict(named)
     return network.float()

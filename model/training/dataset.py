@@ -304,14 +304,17 @@ def _tokens(pieces: list[Piece], tokenizer: Tokenizer) -> Example:
             text.encode()  # tiktoken would put U+FFFD for what is no text
         except UnicodeEncodeError:
             raise _BadLineError("it holds half of a surrogate pair, which is no text") from None
-        ids = tokenizer.encode(text)
-        if not tokens and (learn or not ids):
-            tokens, learnt = [tokenizer.eos_token_id], [False]
+        ids = tokenizer.encode(text) if tokens else tokenizer.encode_prompt(text)
+        if not tokens and (learn or not ids) and tokenizer.start_id is not None:
+            tokens, learnt = [tokenizer.start_id], [False]
         tokens += ids
         learnt += [learn] * len(ids)
-    if tokens[-1] not in tokenizer.eos_token_ids or len(tokens) == 1:
-        tokens.append(tokenizer.eos_token_id)
+    end = tokenizer.eos_token_id
+    if end is not None and (tokens[-1] not in tokenizer.eos_token_ids or len(tokens) == 1):
+        tokens.append(end)
         learnt.append(True)
+    if len(tokens) < 2:
+        raise _BadLineError("there is nothing in it to learn from")
     return Example(np.array(tokens, dtype=np.int32), np.array(learnt, dtype=np.bool_))
 
 

@@ -18,6 +18,7 @@ from model.errors import ConfigError
 from model.gpu import cuda
 from model.loading import choose_device
 from model.tokenizer import Tokenizer, read_tokenizer
+from model.tokenizer_files import SPIECE_NAMES
 from model.training.checkpoint import export_weights, load_network
 from model.training.dataset import Example, Preference, Reader, TooLong, read_examples, read_preferences, repeated
 from model.training.distill import Distiller, check_pair, make_student
@@ -26,7 +27,6 @@ from model.training.lora import add_lora, export_lora, load_lora, merge_lora, me
 from model.training.network import Network
 from model.training.preference import PreferenceLoss, without_lora
 from model.training.tuner import Objective, Recipe, Tuner, cross_entropy
-from model.unigram import SPIECE_NAMES
 
 RATES = {"full": 1e-4, "lora": 1e-3, "output_layer": 5e-4}  # at GPT-2's width; narrower networks bear more
 DPO_SHARE = 0.1  # of these
@@ -69,7 +69,7 @@ def prepare(job: Job) -> Prepared:
     network, adapter = _network(job, config)
     template = None
     if job.chat_template is not None:
-        template = ChatTemplate(job.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+        template = ChatTemplate(job.chat_template, named=tokenizer.named)
     data = _data(job, tokenizer, network.config.n_positions, template)
     examples, valid = data.examples, data.valid
     recipe = _recipe(job, network.config, len(examples), device)

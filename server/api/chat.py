@@ -25,6 +25,7 @@ from server.api.chat_template import ChatTemplate, Message
 from server.api.completions import CompletionService
 from server.api.limits import Limits
 from server.api.parsing import CompletionRequest, parse_fields
+from server.api.prompts import start_of
 from server.api.reading import at_most, read_body_fields, read_object
 from server.api.sse import STREAMED
 from server.api.unsupported import refusal
@@ -144,7 +145,7 @@ def write_prompt(template: ChatTemplate, chat: ChatRequest, tokenizer: Tokenizer
     ids: list[int] = []
     for place, piece in enumerate(re.split(f"{mark}(\\d{{4}})", text)):
         ids += tokenizer.encode_plain(special[int(piece)]) if place % 2 else tokenizer.encode(piece)
-    return ids or [tokenizer.eos_token_id]
+    return ids or start_of(tokenizer)
 
 
 def _hide(text: str, names: Collection[str], mark: str) -> str:
@@ -159,7 +160,7 @@ async def answer_chat(
     """Raises ServerError or ClientGone."""
     raw = await read_body(request.scope, request.receive, service.limits)
     chat = await parse_aside(parse_chat, raw, service.limits)
-    _parse(chat.fields, [service.tokenizer.eos_token_id], service.limits)  # before any work is done for it
+    _parse(chat.fields, [0], service.limits)  # before any work is done for it
     ids = await anyio.to_thread.run_sync(write_prompt, template, chat, service.tokenizer)
     asked = _parse(chat.fields, ids, service.limits)
     shape = ChatShape(logprobs=asked.body.logprobs)

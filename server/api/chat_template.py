@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model.chat_template import ChatTemplate as Template
@@ -16,10 +16,10 @@ Message = dict[str, str]  # role, content, and name where there is one
 
 
 class ChatTemplate:
-    def __init__(self, source: str, *, bos_token: str, eos_token: str) -> None:
+    def __init__(self, source: str, *, named: Mapping[str, str]) -> None:
         """Raises SettingsError where it is no template."""
         try:
-            self._template = Template(source, bos_token=bos_token, eos_token=eos_token)
+            self._template = Template(source, named=named)
         except TemplateRefused as error:
             raise SettingsError(str(error)) from None
 
@@ -31,7 +31,7 @@ class ChatTemplate:
             raise InvalidRequest(str(error), "messages") from None
 
 
-def read_chat_template(path: Path, *, bos_token: str, eos_token: str) -> ChatTemplate:
+def read_chat_template(path: Path, *, named: Mapping[str, str]) -> ChatTemplate:
     """Raises SettingsError."""
     source = read_text(path, FILE_BYTES_MAX, lambda why: SettingsError(f"the chat template cannot be used: {why}"))
-    return ChatTemplate(source, bos_token=bos_token, eos_token=eos_token)
+    return ChatTemplate(source, named=named)

@@ -106,7 +106,10 @@ class CompletionService:
         if not background:
             self.engine.check_quota(caller.name)
         right = asked.body.truncation_side == "right"
-        prompts = await encode(asked.prompts, self.tokenizer, asked.keep, keep_first=right)
+        wholly = asked.body.add_special_tokens
+        prompts = await encode(
+            asked.prompts, self.tokenizer, asked.keep, keep_first=right, add_special_tokens=wholly
+        )
         params = await self._params(asked, caller.client)
         explicit = asked.body.max_tokens is not None
         try:
@@ -133,7 +136,7 @@ class CompletionService:
             return params
         if self.grammars is None:
             param = asked.structure.param
-            message = f"'{param}' needs a vocabulary that can write any text, as byte-level BPE; this model has none."
+            message = f"'{param}' needs a byte-level vocabulary with a token that ends a text; this model has none."
             raise InvalidRequest(message, param, "unsupported_parameter")
         return replace(params, grammar=await self.grammars.compile(asked.structure, client))
 

@@ -69,25 +69,33 @@ def _invalid(why: str) -> InvalidRequest:
     return InvalidRequest(f"Invalid 'prompt': {why}.", "prompt")
 
 
-async def tokenize(text: str, tokenizer: Tokenizer) -> list[int]:
+async def tokenize(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[int]:
     """Long texts are encoded in a thread: the event loop serves everybody."""
+    encode_text = tokenizer.encode_prompt if add_special_tokens else tokenizer.encode
     if len(text) <= INLINE_SIZE:
-        return tokenizer.encode(text)
-    return await tokenize_aside(tokenizer.encode, text)
+        return encode_text(text)
+    return await tokenize_aside(encode_text, text)
 
 
 async def encode(
-    raw: Sequence[RawPrompt], tokenizer: Tokenizer, keep: int | None, *, keep_first: bool = False
+    raw: Sequence[RawPrompt],
+    tokenizer: Tokenizer,
+    keep: int | None,
+    *,
+    keep_first: bool = False,
+    add_special_tokens: bool = True,
 ) -> list[Prompt]:
     """Token ids of each prompt; of longer ones the last, or the first, `keep`. An empty text starts a new document.
 
-    Prompts that are long together go to a thread, however short each is.
+    add_special_tokens: those that the tokenizer puts around a text. Prompts that are long together go to a thread,
+    however short each is. Raises InvalidRequest for a token of a text that the model has no embedding of.
     """
+    options = tokenizer, keep, keep_first, add_special_tokens
     if sum(map(len, raw)) <= INLINE_SIZE:
-        return _encode(raw, tokenizer, keep, keep_first)
+        return _encode(raw, *options)
     prompts: list[Prompt] = []
     for piece in _pieces(raw):
-        prompts += await tokenize_aside(_encode, piece, tokenizer, keep, keep_first)
+        prompts += await tokenize_aside(_encode, piece, *options)
     return prompts
 
 
@@ -101,18 +109,36 @@ def _pieces(raw: Sequence[RawPrompt]) -> Iterator[Sequence[RawPrompt]]:
     yield raw[start:]
 
 
-def _encode(raw: Sequence[RawPrompt], tokenizer: Tokenizer, keep: int | None, keep_first: bool) -> list[Prompt]:
-    return [_prompt(item, tokenizer, keep, keep_first) for item in raw]
+def _encode(
+    raw: Sequence[RawPrompt], tokenizer: Tokenizer, keep: int | None, keep_first: bool, add_special_tokens: bool
+) -> list[Prompt]:
+    return [_prompt(item, tokenizer, keep, keep_first, add_special_tokens) for item in raw]
 
 
-def _prompt(item: RawPrompt, tokenizer: Tokenizer, keep: int | None, keep_first: bool) -> Prompt:
-    ids = tokenizer.encode(item) if isinstance(item, str) else item
+def _prompt(
+    item: RawPrompt, tokenizer: Tokenizer, keep: int | None, keep_first: bool, add_special_tokens: bool
+) -> Prompt:
+    ids = _ids_of(item, tokenizer, add_special_tokens) if isinstance(item, str) else item
     if keep is not None and len(ids) > keep:
         ids = ids[:keep] if keep_first else ids[-keep:]
         return Prompt(ids, tokenizer.decode(ids))
     if isinstance(item, str):
-        return Prompt(ids or [tokenizer.eos_token_id], item)
+        return Prompt(ids, item)
     return Prompt(ids, tokenizer.decode(ids))
+
+
+def _ids_of(text: str, tokenizer: Tokenizer, add_special_tokens: bool) -> list[int]:
+    ids = (tokenizer.encode_prompt if add_special_tokens else tokenizer.encode)(text) or start_of(tokenizer)
+    if max(ids) >= tokenizer.vocab_size:
+        raise _invalid("the text holds a token that the tokenizer has and the model does not")
+    return ids
+
+
+def start_of(tokenizer: Tokenizer) -> list[int]:
+    """What stands in place of an empty text. Raises InvalidRequest."""
+    if tokenizer.start_id is None:
+        raise _invalid("this model has no token that begins a text, so a prompt cannot be empty")
+    return [tokenizer.start_id]
 
 
 def fit(

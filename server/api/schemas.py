@@ -130,7 +130,7 @@ class CompletionBody(Wire):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = Field(default=True, description="accepted; this tokenizer puts none")
     prompt_logprobs: Integer | None = Field(default=None, ge=0, description="score the prompt too; not with stream")
-    add_special_tokens: bool = Field(default=True, description="accepted; GPT-2 adds none")
+    add_special_tokens: bool = Field(default=True, description="what the tokenizer puts around a text; GPT-2's nothing")
     logprob_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = Field(
         default=None, fail_fast=True, description="with logprobs: score these in place of the likeliest tokens"
     )
@@ -189,7 +189,7 @@ class TokenizeBody(Wire):
     prompt: str | None = Field(default=None, description="the text; `content` and `text` are other names for it")
     content: str | None = None
     text: str | None = None
-    add_special_tokens: bool = Field(default=True, description="accepted; GPT-2 adds none")
+    add_special_tokens: bool = Field(default=True, description="what the tokenizer puts around a text; GPT-2's nothing")
     return_token_strs: bool = False
 
 

@@ -45,7 +45,7 @@ def tokenize_routes(model: ServedModel, tokenizer: Tokenizer, texts: TokenTexts,
         given = [text for text in (body.prompt, body.content, body.text) if text is not None]
         if len(given) != 1:
             raise InvalidRequest("Exactly one of 'prompt', 'content' and 'text' is needed.", "prompt")
-        tokens = await tokenize(given[0], tokenizer)
+        tokens = await tokenize(given[0], tokenizer, add_special_tokens=body.add_special_tokens)
         shown = await _aside(_named, tokens, texts) if body.return_token_strs else None
         return _json(
             {"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens, "token_strs": shown},
@@ -66,12 +66,12 @@ def tokenize_routes(model: ServedModel, tokenizer: Tokenizer, texts: TokenTexts,
     async def tokenizer_info() -> JSONResponse:
         return JSONResponse({
             "tokenizer_class": tokenizer.kind,
-            "bos_token": tokenizer.bos_token,
-            "eos_token": tokenizer.eos_token,
-            "unk_token": tokenizer.unk_token,
-            "pad_token": None,
-            "add_bos_token": False,
-            "add_prefix_space": False,
+            "bos_token": tokenizer.named.get("bos_token"),
+            "eos_token": tokenizer.named.get("eos_token"),
+            "unk_token": tokenizer.named.get("unk_token"),
+            "pad_token": tokenizer.named.get("pad_token"),
+            "add_bos_token": tokenizer.options.get("add_bos_token") is True,
+            "add_prefix_space": tokenizer.options.get("add_prefix_space") is True,
             "model_max_length": model.max_model_len,
             "chat_template": None,
         })  # fmt: skip

@@ -13,7 +13,7 @@ from model.config import ModelConfig, read_config
 from model.errors import ModelError, WeightsError
 from model.files import CONFIG_BYTES, WEIGHTS_BYTES, is_file, opened, read_text
 from model.tokenizer import Tokenizer, read_tokenizer
-from model.weights import read_weights
+from model.weights import as_stored, read_weights
 from server.assembly import KV_CACHE_GIB
 from server.checkpoint import Checkpoint, find_checkpoint
 from server.commands.fetch import READ_BYTES, SUMS
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = read_config(checkpoint.directory)
     tokenizer = read_tokenizer(checkpoint.directory, config.vocab_size, config.eos_token_ids)
     tensors = read_weights(checkpoint.directory, config)
+    config = as_stored(config, tensors)
     stored = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     if settings.max_model_len is not None and settings.max_model_len > config.n_positions:
         raise ModelError(f"max_model_len {settings.max_model_len} is more than its {config.n_positions} positions")
@@ -98,7 +99,8 @@ def _sha256(path: Path) -> str:
 def _tokenizer(directory: Path, tokenizer: Tokenizer) -> str:
     files = [name for name in TOKENIZER_FILES if is_file(directory / name)]
     source = " and ".join(files[: 2 if "merges.txt" in files else 1])
-    return f"{tokenizer.kind}, from {source}; {tokenizer.eos_token} is {tokenizer.eos_token_id}"
+    ends = [f"{tokenizer.name(id_)} is {id_}" for id_ in tokenizer.eos_token_ids]
+    return f"{tokenizer.kind}, from {source}; {', '.join(ends) or 'no token ends a text'}"
 
 
 def _memory(config: ModelConfig, settings: Settings) -> list[tuple[str, str]]:

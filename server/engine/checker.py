@@ -152,7 +152,8 @@ def main() -> None:
     logs.configure("info")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the api process says when to end, by closing the pipe
     directory, vocab_size, whitespace, *eos_token_ids = sys.argv[1:]
-    vocabulary = Vocabulary(read_tokenizer(Path(directory), int(vocab_size), tuple(map(int, eos_token_ids))))
+    ends = tuple(map(int, eos_token_ids))
+    vocabulary = Vocabulary(read_tokenizer(Path(directory), int(vocab_size), ends, forced=True))
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:

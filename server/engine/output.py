@@ -57,8 +57,15 @@ class ChoiceOutput:
         decoder, offset, infos = self._tokenizer.decoder(()), 0, []
         for token, row in zip(self._prompt.token_ids, [None, *rows], strict=True):
             infos.append(self._row(token, row, min(offset, len(self._prompt.text)), self._top_count))
-            offset += len(decoder.push(token))
+            if not self._was_put_around(token, offset):
+                offset += len(decoder.push(token))
         return ChoiceDelta(self.index, self._prompt.text, [], infos)
+
+    def _was_put_around(self, token: int, offset: int) -> bool:
+        """Whether the tokenizer has added a special token to the prompt's text, which has nothing of it."""
+        if token not in self._tokenizer.special_ids:
+            return False
+        return not self._prompt.text[offset:].lstrip().startswith(self._tokenizer.name(token))
 
     def push(
         self,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from model.errors import DeviceError, GrammarError
+from model.errors import DeviceError
 from model.gpt2 import GPT2
 from model.gpu import cuda
 from model.gpu.runner import GraphRunner, Recorded
@@ -165,7 +165,4 @@ def make_speculation(start: Start, networks: Networks) -> SpeculationController 
 
 
 def _vocabulary(start: Start, vocab_size: int) -> Vocabulary:
-    tokenizer = read_tokenizer(Path(start.model), vocab_size, start.eos_token_ids)
-    if not tokenizer.byte_level:
-        raise GrammarError("grammars need a vocabulary in which any text can be written")
-    return Vocabulary(tokenizer)
+    return Vocabulary(read_tokenizer(Path(start.model), vocab_size, start.eos_token_ids, forced=True))

@@ -24,7 +24,7 @@ PATH = "/v1/chat/completions"
 
 
 def template(source: str = PLAIN) -> ChatTemplate:
-    return ChatTemplate(source, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    return ChatTemplate(source, named={"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
 
 
 def chat_api(engine: ScriptedEngine | None = None, source: str = PLAIN) -> Api:
@@ -241,5 +241,5 @@ def test_a_file_that_is_no_template(content: bytes | None, line: str, tmp_path: 
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(SettingsError, match=line) as refusal:
-        read_chat_template(path, bos_token="", eos_token="")
+        read_chat_template(path, named={})
     assert str(tmp_path) not in str(refusal.value)

@@ -30,7 +30,7 @@ def tokenizer() -> Tokenizer:
 
 
 def template(source: str) -> ChatTemplate:
-    return ChatTemplate(source, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    return ChatTemplate(source, named={"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
 
 
 def write(path: Path, *lines: Any) -> Path:

@@ -15,9 +15,9 @@ from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import BertTokenizer
-from vocabularies import BERT, CHINESE, write_unigram, write_wordpiece
+from vocabularies import BERT, write_unigram, write_wordpiece
 
-from model import pieces
+from model import unigram as unigram_module
 from model.config import read_config
 from model.errors import TokenizerError
 from model.tokenizer import Tokenizer, read_tokenizer
@@ -57,29 +57,17 @@ def test_wordpiece_ids_are_those_of_transformers(bert: Path, text: str) -> None:
     assert _once(wordpiece, bert).encode(text) == theirs.encode(text, add_special_tokens=False)
 
 
-def test_wordpiece_text_is_that_of_transformers_but_beside_chinese(bert: Path) -> None:
+def test_wordpiece_text_is_that_of_transformers(bert: Path) -> None:
     ours, theirs = wordpiece(bert), BertTokenizer.from_pretrained(bert)
-    wide = {
-        id_ for id_, piece in enumerate((bert / "vocab.txt").read_text().split("\n")) if piece.strip("#") in CHINESE
-    }
     chance = Random(3)
     for _ in range(2000):
         ids = [chance.randrange(5, len(theirs)) for _ in range(chance.randrange(1, 9))]
-        expected = theirs.decode(ids, clean_up_tokenization_spaces=False).removeprefix("##")  # shown at a start alone
-        for mark in (" .", " ?", " !", " ,", " 's", " n't"):  # where their decoder has the space or not by its settings
-            expected = expected.replace(mark, mark.strip())
-        if wide & set(ids):
-            assert ours.decode(ids).replace(" ", "") == expected.replace(" ", "")
-        else:
-            assert ours.decode(ids) == expected
+        assert ours.decode(ids) == theirs.decode(ids)
 
 
 @pytest.mark.parametrize(("text", "written"), [
-    ("今天天气很好，你好。", "今天天气很好，你好。"),
-    ("《大海》“上”", "《大海》“上”"), ("Hello , world .", "hello, world."),
-    ("no unknowns", "no unknowns"), ("在2026天", "在 2026 天"), ("你(好)", "你(好)"),
-    ("hello 今 world", "hello 今 world"),
-    ("カカの日", "カカの日"), ("hello[SEP]world", "hello [SEP] world"), ("☃", "[UNK]"),
+    ("今天天气很好，你好。", "今 天 天 气 很 好 ， 你 好 。"), ("Hello , world .", "hello, world."),
+    ("no unknowns", "no unknowns"), ("hello[SEP]world", "hello [SEP] world"), ("☃", "[UNK]"),
 ])  # fmt: skip
 def test_where_wordpiece_has_spaces(text: str, written: str, bert: Path) -> None:
     ours = wordpiece(bert)
@@ -143,7 +131,7 @@ def test_names_are_distinct_and_special_tokens_are_tokens(make: Any, bert: Path,
         (id_,) = ours.encode(name)
         assert id_ in ours.special_ids
         assert ours.decode([id_]) == name
-        assert id_ not in ours.encode_plain(name) or name == ours.unk_token or make is wordpiece
+        assert id_ not in ours.encode_plain(name) or name == ours.named["unk_token"] or make is wordpiece
     assert ours.decode([ours.vocab_size - 1]) == ""  # the model has it, the vocabulary does not
 
 
@@ -172,35 +160,34 @@ def test_tokenizer_json_alone_is_enough(kind: str, bert: Path, spiece: Path, tmp
     if kind == "wordpiece":
         BertTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
         (tmp_path / "vocab.txt").unlink(missing_ok=True)
-        ours, same = wordpiece(tmp_path), wordpiece(bert)
+        same = TheirTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        ours = wordpiece(tmp_path)
     else:
-        hugging_face(spiece).save(str(tmp_path / "tokenizer.json"))
-        ours, same = unigram(tmp_path), unigram(spiece)
+        same = hugging_face(spiece)
+        same.save(str(tmp_path / "tokenizer.json"))
+        ours = unigram(tmp_path)
     assert not (tmp_path / "vocab.txt").exists()
     for text in ("the sea", "hello 今天 東京です", "hello[SEP]world", "the sea</s>", "unknowns, 2026"):
-        assert ours.encode(text) == same.encode(text), text
-        assert ours.decode(ours.encode(text)) == same.decode(same.encode(text))
+        assert ours.encode(text) == same.encode(text, add_special_tokens=False).ids, text
+        assert ours.decode(ours.encode(text)) == same.decode(ours.encode(text), skip_special_tokens=False)
 
 
-def test_without_the_library_one_line_says_what_to_install(
-    bert: Path, spiece: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_library_one_line_says_what_to_install(spiece: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(pieces.importlib, "import_module", missing)
-    for directory, package in ((bert, "tokenizers"), (spiece, "sentencepiece")):
-        with pytest.raises(
-            TokenizerError, match=rf"needs the package {package}: pip install 'gpt2-server\[tokenizers\]'"
-        ):
-            read_tokenizer(directory, 500, (2,))
+    monkeypatch.setattr(unigram_module.importlib, "import_module", missing)
+    line = r"needs the package sentencepiece: pip install 'gpt2-server\[sentencepiece\]'"
+    with pytest.raises(TokenizerError, match=line):
+        read_tokenizer(spiece, 500, (2,))
 
 
 @pytest.mark.parametrize(("name", "content", "line"), [
-    ("vocab.txt", b"a\nb\n", r"no \[UNK\]"), ("vocab.txt", b"\xff", "not UTF-8"),
+    ("vocab.txt", b"a\nb\n", "make no BertTokenizer"), ("vocab.txt", b"\xff", "not UTF-8"),
     ("spiece.model", b"junk", "not a Sent"),
-    ("vocab.txt", b"[UNK]\n", "no end-of-text"), ("vocab.txt", b"[UNK]\n" * 11, "token 10, the model's 10"),
-    ("tokenizer.json", b'{"model": {"type": "Unigram"}}', "not a tokenizer"), ("spiece.model", b"", "is empty"),
+    ("vocab.txt", b"[UNK]\n" + b"\n".join(map(bytes, zip(b"abcdefghij", strict=True))), "token 10, the model's 10"),
+    ("tokenizer.json", b'{"model": {"type": "Unigram"}}', "make no TokenizersBackend"),
+    ("spiece.model", b"", "is empty"),
 ])  # fmt: skip
 def test_broken_vocabularies_are_refused(name: str, content: bytes, line: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)

@@ -107,9 +107,7 @@ class CompletionService:
             self.engine.check_quota(caller.name)
         right = asked.body.truncation_side == "right"
         wholly = asked.body.add_special_tokens
-        prompts = await encode(
-            asked.prompts, self.tokenizer, asked.keep, keep_first=right, add_special_tokens=wholly
-        )
+        prompts = await encode(asked.prompts, self.tokenizer, asked.keep, keep_first=right, add_special_tokens=wholly)
         params = await self._params(asked, caller.client)
         explicit = asked.body.max_tokens is not None
         try:

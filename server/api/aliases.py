@@ -5,10 +5,11 @@ Two names of one parameter may come together where they agree; which of two diff
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic_core import from_json
 
 from server.api.limits import Limits
 from server.api.unsupported import refusal
@@ -148,7 +149,7 @@ def _breakers(value: Any) -> Any:
         return value
     text = value.strip()
     try:
-        return json.loads(text if text.startswith("[") else f"[{text}]")
+        return from_json(text if text.startswith("[") else f"[{text}]")
     except ValueError:
         return value
 

@@ -53,7 +53,7 @@ class CompletionLines:
 
     async def _complete(self, asked: CompletionRequest, owner: str, request_id: str) -> LineAnswer:
         service = self._service
-        shape, name = service.shape(asked.body), service.model.resolve(asked.body.model)
+        shape, name = service.shape(asked), service.model.resolve(asked.body.model)
         answer = await service.begin(asked, shape, "cmpl-", Caller(owner), name, background=True)
         try:
             body = await answer.collect()

@@ -163,7 +163,7 @@ async def answer_chat(
     _parse(chat.fields, [0], service.limits)  # before any work is done for it
     ids = await anyio.to_thread.run_sync(write_prompt, template, chat, service.tokenizer)
     asked = _parse(chat.fields, ids, service.limits)
-    shape = ChatShape(logprobs=asked.body.logprobs)
+    shape = ChatShape(logprobs=asked.alternatives)
     try:
         return await service.complete(asked, shape, "chatcmpl-", request, engine_name)
     except ContextLengthExceeded as error:  # it speaks of a prompt

@@ -35,7 +35,7 @@ from server.api.phrases import Phrases
 from server.api.prompts import encode, fit
 from server.api.reading import ignored_header
 from server.api.rendering import ChoiceCollector, ChunkRenderer, CompletionShape, Envelope, Shape, usage_json
-from server.api.schemas import CompletionAnswer, CompletionBody, StreamOptions, completion_schema
+from server.api.schemas import CompletionAnswer, StreamOptions, completion_schema
 from server.api.sse import DONE, STREAMED, EventStream, event
 from server.engine.grammars import GrammarChecker
 from server.engine.output import TokenTexts
@@ -65,14 +65,14 @@ class CompletionService:
         """Raises ServerError or ClientGone before the answer's first byte; never after."""
         raw = await read_body(request.scope, request.receive, self.limits)
         asked = await parse_aside(parse_completion, raw, self.limits)
-        return await self.complete(asked, self.shape(asked.body), "cmpl-", request, engine_name)
+        return await self.complete(asked, self.shape(asked), "cmpl-", request, engine_name)
 
-    def shape(self, body: CompletionBody) -> CompletionShape:
+    def shape(self, asked: CompletionRequest) -> CompletionShape:
         return CompletionShape(
             texts=self.texts,
-            logprobs=body.logprobs if body.logprob_token_ids is None else len(body.logprob_token_ids),
-            prompt_logprobs=body.prompt_logprobs,
-            return_token_ids=body.return_token_ids,
+            logprobs=asked.alternatives,
+            prompt_logprobs=asked.body.prompt_logprobs,
+            return_token_ids=asked.body.return_token_ids,
         )
 
     async def complete(

@@ -53,6 +53,12 @@ class CompletionRequest:
     stream_options: StreamOptions
     ignored: tuple[str, ...]  # names of fields nobody knows, made safe to show
 
+    @property
+    def alternatives(self) -> int | None:
+        """How many tokens are scored beside each of the output; None without logprobs."""
+        named = self.params.logprob_token_ids
+        return len(named) if named else self.params.logprobs
+
 
 def parse_completion(raw: bytes, limits: Limits) -> CompletionRequest:
     """Raises InvalidRequest."""

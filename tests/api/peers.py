@@ -89,7 +89,7 @@ PEERS = {
         replace_instruct_placeholders reasoning_effort presence_penalty""",
     ),
     "lm studio": _peer(
-        "2025-10", "lmstudio.ai/docs/app/api/endpoints/openai",
+        "2025", "its documentation, which was not at hand on that day: as its clients send them",
         """model prompt top_p top_k temperature max_tokens stream stop presence_penalty frequency_penalty logit_bias
         repeat_penalty seed ttl draft_model""",
     ),

@@ -193,7 +193,7 @@ BREAKERS = ["\n", ":", '"', "*"]
 @pytest.mark.parametrize("text", ['["\\n", ":", "\\"", "*"]', '"\\n", ":", "\\"", "*"'])
 def test_breakers_may_come_as_the_text_of_json(text: str) -> None:
     assert parse(prompt="a", dry_sequence_breakers=text).body.dry_sequence_breakers == BREAKERS
-    for wrong in ("not json", '{"a": 1}', "[1]", '"a'):
+    for wrong in ("not json", '{"a": 1}', "[1]", '"a', "[" * 100_000, "[" * 200 + "]" * 200):
         assert refusal(prompt="a", dry_sequence_breakers=wrong).param == "dry_sequence_breakers"
 
 
@@ -202,6 +202,27 @@ def test_biases_may_come_as_pairs() -> None:
     assert parse(prompt="a", logit_bias=[]).params.logit_bias == ()
     for wrong in ([[5]], [["x", 1]], [5], [[5, True]], [[301, 1]]):
         assert refusal(prompt="a", logit_bias=wrong).param == "logit_bias"
+
+
+def test_a_chat_reads_other_names_too_and_refuses_those_of_what_it_has_not() -> None:
+    api = make_api(limits=ROOMY, chat_template=TEMPLATE)
+    hi: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+
+    def ask(**fields: Any) -> Any:
+        return api.post("/v1/chat/completions", **hi, **fields)
+
+    assert ask(n_predict=3, rep_pen=1.5, sampler_seed=4).status_code == 200
+    params = api.engine.requests[-1].params
+    assert (params.max_tokens, params.repetition_penalty, params.seed) == (3, 1.5, 4)
+    assert ask(logprobs=True, logprob_token_ids=[5, 9]).status_code == 200
+    assert api.engine.requests[-1].params.logprob_token_ids == (5, 9)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert ask(tools=tools, tool_choice="none").status_code == 200
+    assert error_of(ask(tools=tools), 400)["param"] == "tools"
+    for name, value in (("return_full_text", True), ("truncate", 4), ("num_ctx", 100), ("truncation_side", "right")):
+        assert error_of(ask(**{name: value}), 400)["param"] == name
+    for name, value in (("return_full_text", False), ("num_ctx", 8192)):
+        assert ask(**{name: value}).status_code == 200
 
 
 def test_tools_that_must_not_be_called_ask_for_nothing() -> None:

@@ -25,6 +25,10 @@ RARE: dict[str, st.SearchStrategy[Any]] = {
     "presence_penalty": st.sampled_from([-2, 0.5, 2]),
     "frequency_penalty": st.sampled_from([-2, 0.5, 2]),
     "repetition_penalty": st.sampled_from([0.5, 1.0, 1.3]),
+    "repetition_penalty_range": st.sampled_from([0, 1, 5, 1000]),
+    "temperature_last": st.booleans(),
+    "samplers": st.just("ekpmxt"),
+    "truncation_side": st.sampled_from(["left", "right"]),
     "logit_bias": st.dictionaries(st.integers(0, 50256).map(str), st.floats(-100, 100), max_size=4)
     | st.just({"50256": 8.5}),
     "ignore_eos": st.booleans(),
@@ -45,14 +49,16 @@ RARE: dict[str, st.SearchStrategy[Any]] = {
 def requests_drawn(draw: st.DrawFn) -> dict[str, Any]:
     request: dict[str, Any] = {
         "prompt": draw(PROMPTS),
-        "seed": draw(st.integers(-(2**63), 2**63 - 1)),
+        "seed": draw(st.integers(-(2**63), 2**63 - 1).filter(lambda seed: seed != -1)),  # which is none
         "max_tokens": draw(st.integers(0, 16)),
     }
     for name in draw(st.lists(st.sampled_from(sorted(RARE)), max_size=6, unique=True)):
         request[name] = draw(RARE[name])
     if request["max_tokens"] == 0:
         request["echo"] = True
-    else:
+    elif request.get("logprobs") is not None and draw(st.booleans()):
+        request["logprob_token_ids"] = draw(st.lists(st.integers(0, 50256), min_size=1, max_size=20))
+    if request["max_tokens"]:
         request["min_tokens"] = draw(st.integers(0, request["max_tokens"]) | st.just(0))
     request["n"] = draw(st.sampled_from([1, 1, 1, 2, 3]))
     return request

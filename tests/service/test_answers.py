@@ -136,6 +136,29 @@ def test_equal_prompts_without_a_seed_are_sampled_apart_and_with_one_alike(idle:
     assert [choice["text"] for choice in answer(idle, {**request, "seed": 11})] == [alone["text"]] * 3
 
 
+def test_named_tokens_are_scored_beside_each_of_the_output(idle: RunningServer) -> None:
+    request = {"prompt": "Once upon a time", "max_tokens": 6, "temperature": 0}
+    likely = answer(idle, {**request, "logprobs": 20})[0]["logprobs"]["top_logprobs"]
+    named = answer(
+        idle, {**request, "logprobs": 0, "logprob_token_ids": [262, 290], "return_tokens_as_token_ids": True}
+    )
+    rows = named[0]["logprobs"]
+    assert len(rows["top_logprobs"]) == len(likely) == 6
+    for row, token, twenty in zip(rows["top_logprobs"], rows["tokens"], likely, strict=True):
+        assert row.keys() == {"token_id:262", "token_id:290", token}
+        for name, text in (("token_id:262", " the"), ("token_id:290", " and")):
+            assert row[name] <= 0
+            assert text not in twenty or row[name] == pytest.approx(twenty[text], abs=1e-5)
+
+
+def test_another_order_of_samplers_is_another_sample_and_can_be_had_again(idle: RunningServer) -> None:
+    request = {"prompt": "Once", "max_tokens": 24, "seed": 3, "temperature": 1.8, "top_p": 0.9, "min_p": 0.02}
+    first = answer(idle, request)
+    last = answer(idle, {**request, "samplers": ["top_p", "min_p", "temperature"]})
+    assert last == answer(idle, {**request, "samplers": ["top_p", "min_p", "temperature"]})
+    assert first[0]["text"] != last[0]["text"]
+
+
 def test_best_of_returns_the_most_likely(idle: RunningServer) -> None:
     request = {"prompt": "Once", "max_tokens": 12, "seed": 11, "logprobs": 0}
     every = answer(idle, {**request, "n": 5})

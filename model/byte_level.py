@@ -49,10 +49,11 @@ class ByteLevelTokenizer:
         plain: Iterable[str] = (),
         named: Mapping[str, str] | None = None,
         options: Mapping[str, Any] | None = None,
+        unmade: Mapping[str, int] | None = None,
     ) -> None:
         """`ranks` maps each token's bytes to its id, ids in the order of their merges; `vocab_size` is the model's.
 
-        ends: or their texts. plain: which of the added tokens are no special ones.
+        ends: or their texts. plain: which of the added tokens are no special ones. unmade: tokens that no text becomes.
         """
         if not isinstance(ends, Ends):
             named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), ends[0])
@@ -64,7 +65,7 @@ class ByteLevelTokenizer:
         for token, id_ in ranks.items():
             self._bytes[id_] = token
         alphabet = byte_alphabet()
-        for text, id_ in added.items():
+        for text, id_ in {**(unmade or {}), **added}.items():
             if id_ < vocab_size:
                 self._bytes[id_] = bytes_of(text, alphabet)
         self.special_tokens = frozenset(added) - frozenset(plain)
@@ -161,7 +162,11 @@ def read_byte_level(
     plain = [token.content for token in files.added if not token.special]
     special = frozenset(id_ for text, id_ in added.items() if text not in plain)
     ends = decide_ends(files.named, {**vocab, **added}, special, vocab_size, declared, forced=forced)
-    return ByteLevelTokenizer(ranks, added, ends, vocab_size, plain=plain, named=files.named, options=files.options)
+    made = set(ranks.values())
+    unmade = {text: id_ for text, id_ in vocab.items() if id_ not in made and text not in added}
+    return ByteLevelTokenizer(
+        ranks, added, ends, vocab_size, plain=plain, named=files.named, options=files.options, unmade=unmade
+    )
 
 
 def _is_simple(files: TokenizerFiles) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -16,7 +17,8 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.errors import TemplateRefused
+from model.errors import TemplateRefused, TokenizerError
+from model.files import CONFIG_BYTES, VOCABULARY_BYTES, is_file, read_object, read_text
 
 SHOWN = 200  # characters of what a template says in its own words
 
@@ -33,6 +35,22 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def find_chat_template(directory: Path) -> str | None:
+    """Of a model's files, as transformers finds it: chat_template.jinja, else what tokenizer_config.json has.
+
+    Raises TokenizerError where such a file cannot be read.
+    """
+    if is_file(directory / "chat_template.jinja"):
+        return read_text(directory / "chat_template.jinja", CONFIG_BYTES, TokenizerError)
+    if not is_file(directory / "tokenizer_config.json"):
+        return None
+    found = read_object(directory / "tokenizer_config.json", VOCABULARY_BYTES, TokenizerError).get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 class ChatTemplate:

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
+from model.chat_template import find_chat_template
 from model.config import ModelConfig, read_config
 from model.errors import ConfigError, ModelError
 from model.files import CONFIG_BYTES, is_file, read_bytes
 from model.tokenizer import Tokenizer, read_tokenizer
 from server import __version__
-from server.api.chat_template import ChatTemplate, read_chat_template
+from server.api.chat_template import ChatTemplate, chat_template_source
 from server.api.completions import CompletionService
 from server.api.keys import Key, Keyring, load_keys
 from server.api.limits import Limits
@@ -65,6 +66,7 @@ class Backend:
     keys: Keyring | None
     metrics: Metrics
     stored: Stored | None  # None without a data directory
+    notes: tuple[str, ...] = ()  # to be said at the start
 
     def start(self) -> list[asyncio.Task[int]]:
         """One task a worker; it ends, with an exit status, when its worker cannot be kept running."""
@@ -91,7 +93,9 @@ def assemble(settings: Settings) -> Backend:
     """Raises ModelError where the model cannot be served."""
     checkpoint = find_checkpoint(settings.model, settings.revision)
     config = read_config(checkpoint.directory)
-    tokenizer = read_tokenizer(checkpoint.directory, config.vocab_size, config.eos_token_ids)
+    forced = settings.eos_token_id
+    ends = forced or config.eos_token_ids
+    tokenizer = read_tokenizer(checkpoint.directory, config.vocab_size, ends, forced=bool(forced))
     tokenizer.encode("")  # what it needs for that is made now, and not while the first request waits
     max_model_len = _context(settings, config)
     served = _served_model(settings, checkpoint, max_model_len)
@@ -115,7 +119,7 @@ def assemble(settings: Settings) -> Backend:
     command = checker_command(str(checkpoint.directory), config.vocab_size, tokenizer.eos_token_ids, whitespace)
     grammars = GrammarChecker(command) if tokenizer.byte_level and tokenizer.eos_token_ids else None
     keys = _keyring(settings)
-    chat_template = _chat_template(settings, tokenizer)
+    chat_template = _chat_template(settings, checkpoint.directory, tokenizer)
     tracing = _tracing()
     tracer = None if tracing is None else tracing.exporting_tracer(__version__)
     limits = _limits(settings, max_model_len, config.vocab_size)
@@ -169,6 +173,7 @@ def assemble(settings: Settings) -> Backend:
         keys=keys,
         metrics=metrics,
         stored=stored,
+        notes=_notes(settings, checkpoint.directory, tokenizer),
     )
 
 
@@ -198,11 +203,23 @@ def _context(settings: Settings, config: ModelConfig) -> int:
     return wanted
 
 
-def _chat_template(settings: Settings, tokenizer: Tokenizer) -> ChatTemplate | None:
-    if settings.chat_template is None:
-        return None
-    path = Path(settings.chat_template).expanduser()
-    return read_chat_template(path, named=tokenizer.named)
+def _chat_template(settings: Settings, directory: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    source = chat_template_source(settings.chat_template, directory)
+    return None if source is None else ChatTemplate(source, named=tokenizer.named)
+
+
+def _notes(settings: Settings, directory: Path, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """What an operator should know of the model before the first request."""
+    notes = [
+        f"Token {id_} ({tokenizer.name(id_)!r}), which its files name as an end, is an ordinary word and ends nothing; "
+        f"--eos-token-id {id_} makes it an end."
+        for id_ in tokenizer.ends.words
+    ]
+    if not tokenizer.eos_token_ids:
+        notes.append("No token ends a text: completions go on to max_tokens.")
+    if settings.chat_template is None and find_chat_template(directory) is not None:
+        notes.append("The model has a chat template: --chat-template auto turns chat on.")
+    return tuple(notes)
 
 
 def _served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int) -> ServedModel:

@@ -56,7 +56,10 @@ class Settings(BaseModel):
         "model", "int8 keeps the weights in 8 bits, on a CPU: faster and smaller; default: as --dtype says", None
     )
     max_model_len: int | None = _flag("model", "context length in tokens; default: the model's", None, ge=2)
-    chat_template: str | None = _flag("model", "file of a Jinja template, which makes a prompt of a chat", None)
+    chat_template: str | None = _flag(
+        "model", "file of a Jinja template, which makes a prompt of a chat; auto takes the model's own", None
+    )
+    eos_token_id: list[int] = _flag("model", "tokens that end a text, and no others; default: as its files say", [])
 
     lora_modules: list[str] = _flag(
         "model", "LoRA adapters, or fine-tuned models like the model, to serve beside it: name=directory", []

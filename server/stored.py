@@ -14,6 +14,7 @@ from fastapi import APIRouter
 
 from model.config import ModelConfig
 from server.api.batch_lines import CompletionLines
+from server.api.chat_template import chat_template_source
 from server.api.completions import CompletionService
 from server.api.limits import Limits
 from server.api.models import ServedModel
@@ -71,15 +72,14 @@ def open_stored(
         crowded=lambda: engine.crowded,
         on_line=metrics.batch_line,
     )
-    return Stored(store, make_fine_tuning(store, engine, served.name, base, config, _machine(settings)), batches)
+    return Stored(store, make_fine_tuning(store, engine, served.name, base, config, _machine(settings, base)), batches)
 
 
-def _machine(settings: Settings) -> Machine:
+def _machine(settings: Settings, base: Path) -> Machine:
     """What jobs train on."""
-    template = None if settings.chat_template is None else Path(settings.chat_template).expanduser()
     cores = len(os.sched_getaffinity(0))
     return Machine(
         device=settings.training_device,
         threads=settings.training_threads or max(cores // 2, 1),
-        chat_template=None if template is None else template.read_text("utf-8"),
+        chat_template=chat_template_source(settings.chat_template, base),
     )

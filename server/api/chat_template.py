@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model.chat_template import ChatTemplate as Template
+from model.chat_template import find_chat_template
 from model.errors import TemplateRefused
 from model.files import read_text
 from server.errors import InvalidRequest, SettingsError
 
 FILE_BYTES_MAX = 1 << 20
+AUTO = "auto"  # the template is one of the model's files
 
 Message = dict[str, str]  # role, content, and name where there is one
 
@@ -31,7 +33,17 @@ class ChatTemplate:
             raise InvalidRequest(str(error), "messages") from None
 
 
-def read_chat_template(path: Path, *, named: Mapping[str, str]) -> ChatTemplate:
-    """Raises SettingsError."""
-    source = read_text(path, FILE_BYTES_MAX, lambda why: SettingsError(f"the chat template cannot be used: {why}"))
-    return ChatTemplate(source, named=named)
+def chat_template_source(setting: str | None, directory: Path) -> str | None:
+    """The template that the setting asks for: a file, or with `auto` the one among the model's files.
+
+    Raises SettingsError.
+    """
+    if setting is None:
+        return None
+    if setting != AUTO:
+        path = Path(setting).expanduser()
+        return read_text(path, FILE_BYTES_MAX, lambda why: SettingsError(f"the chat template cannot be used: {why}"))
+    found = find_chat_template(directory)
+    if found is None:
+        raise SettingsError("the model's files hold no chat template: --chat-template needs a file")
+    return found

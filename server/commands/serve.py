@@ -7,6 +7,7 @@ import asyncio
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 
 from server import logs
 from server.api.models import ServedModel
@@ -31,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     key = None
     if service.backend.keys is not None:
         key = f"${ENV_PREFIX}API_KEY" if settings.api_key is not None else "YOUR_KEY"
-    return asyncio.run(service.run(Terminal(f"http://{in_url(host)}:{port}", service.backend.served, key)))
+    terminal = Terminal(f"http://{in_url(host)}:{port}", service.backend.served, key, service.backend.notes)
+    return asyncio.run(service.run(terminal))
 
 
 def in_url(host: str) -> str:
@@ -41,8 +43,9 @@ def in_url(host: str) -> str:
 class Terminal:
     """What the operator sees of a start: a bar while it lasts, then a banner and a curl to try."""
 
-    def __init__(self, url: str, served: ServedModel, key: str | None = None) -> None:
-        """key: how the shell that tries the curl names it; None where nobody needs one."""
+    def __init__(self, url: str, served: ServedModel, key: str | None = None, notes: Sequence[str] = ()) -> None:
+        """key: how the shell that tries the curl names it; None where nobody needs one. notes: on the model."""
+        self._notes = notes
         self._url = url
         self._authorization = "" if key is None else f' -H "Authorization: Bearer {key}"'
         self._served = served
@@ -68,6 +71,7 @@ class Terminal:
         print(
             f"{self._served.name} on {ready.backend}; KV cache for {tokens:,} tokens; "
             f"ready in {ready.load_seconds:.1f} s",
+            *self._notes,
             f"Serving on {self._url}, until Ctrl-C. Try:",
             "",
             f"  curl {self._url}/v1/completions{self._authorization} -d {shlex.quote(body)}",

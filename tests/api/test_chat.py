@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 from asking import Api, error_of, events_of, make_api
 from scripted import EOS, ScriptedEngine, says
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from server.api.chat_template import ChatTemplate, read_chat_template
+import model
+from server.api.chat_template import ChatTemplate, chat_template_source
 from server.errors import InvalidRequest, SettingsError
 
 PLAIN = (
@@ -241,5 +244,31 @@ def test_a_file_that_is_no_template(content: bytes | None, line: str, tmp_path: 
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(SettingsError, match=line) as refusal:
-        read_chat_template(path, named={})
+        ChatTemplate(chat_template_source(str(path), tmp_path) or "", named={})
     assert str(tmp_path) not in str(refusal.value)
+
+
+NAMED = [{"name": "tool", "template": "C"}, {"name": "default", "template": "D"}]
+
+
+@pytest.mark.parametrize(("files", "found"), [
+    ({"chat_template.jinja": "A", "tokenizer_config.json": '{"chat_template": "B"}'}, "A"),
+    ({"tokenizer_config.json": '{"chat_template": "B"}'}, "B"),
+    ({"tokenizer_config.json": json.dumps({"chat_template": NAMED})}, "D"),
+])  # fmt: skip
+def test_the_template_of_a_model_is_found_as_transformers_finds_it(
+    files: dict[str, str], found: str, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert chat_template_source("auto", tmp_path) == found
+    assert chat_template_source(None, tmp_path) is None
+    for name in ("config.json", "vocab.json", "merges.txt"):
+        shutil.copy(Path(model.__file__).parent / "default" / name, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path).chat_template
+    assert (theirs["default"] if isinstance(theirs, dict) else theirs) == found
+
+
+def test_auto_without_a_template_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="hold no chat template"):
+        chat_template_source("auto", tmp_path)

@@ -18,6 +18,7 @@ Ts = TypeVarTuple("Ts")
 
 _texts = anyio.CapacityLimiter(2)  # between text and tokens
 _bodies = anyio.CapacityLimiter(2)
+_templates = anyio.CapacityLimiter(1)
 
 
 async def parse_aside(parse: Callable[[bytes, *Ts], T], raw: bytes, *rest: *Ts) -> T:
@@ -30,3 +31,8 @@ async def parse_aside(parse: Callable[[bytes, *Ts], T], raw: bytes, *rest: *Ts) 
 async def tokenize_aside(work: Callable[[*Ts], T], *arguments: *Ts) -> T:
     """In a thread, after those that wait for one."""
     return await anyio.to_thread.run_sync(work, *arguments, limiter=_texts)
+
+
+async def render_aside(work: Callable[[*Ts], T], *arguments: *Ts) -> T:
+    """A chat template's work: in one thread, since each that runs takes its share of the loop's time."""
+    return await anyio.to_thread.run_sync(work, *arguments, limiter=_templates)

@@ -11,13 +11,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from model.tokenizer import Tokenizer
 from server.api.aliases import ALIASES, CONTEXTS, ENDLESS, read_context
-from server.api.aside import parse_aside
+from server.api.aside import parse_aside, render_aside
+from server.api.auth import caller_of
 from server.api.body import read_body
 from server.api.chat_rendering import ChatShape
 from server.api.chat_schemas import ChatAnswer, ChatBody, chat_schema
@@ -161,7 +161,8 @@ async def answer_chat(
     raw = await read_body(request.scope, request.receive, service.limits)
     chat = await parse_aside(parse_chat, raw, service.limits)
     _parse(chat.fields, [0], service.limits)  # before any work is done for it
-    ids = await anyio.to_thread.run_sync(write_prompt, template, chat, service.tokenizer)
+    service.engine.check_quota(caller_of(request.scope).name)
+    ids = await render_aside(write_prompt, template, chat, service.tokenizer)
     asked = _parse(chat.fields, ids, service.limits)
     shape = ChatShape(logprobs=asked.alternatives)
     try:

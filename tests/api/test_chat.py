@@ -189,6 +189,28 @@ def test_engines_chat_too(api: Api) -> None:
     assert "--chat-template" in error_of(without.post("/v1/engines/gpt2/chat/completions"), 400)["message"]
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+        "{% for a in messages[0].content %}{% for b in messages[0].content %}{% set c = b %}{% endfor %}{% endfor %}",
+        "{% macro again() %}{% for a in range(90000) %}{{ again() }}{% endfor %}{% endmacro %}{{ again() }}",
+        "{{ messages[0].content * 100000000 }}",
+        "{{ (messages[0].content * 100) | length * 'x' * 1000000 }}",
+        "{{ 7 ** (7 ** 9) }}",
+        "{% for a in range(3000) %}{{ messages[0].content }}{% endfor %}",
+    ],
+    ids=range(7),
+)
+def test_a_template_that_takes_too_long_is_refused_and_stops_nobody(source: str) -> None:
+    """Whatever it does with what a client sent: the processor time and the text of one rendering are bounded."""
+    api = chat_api(source=source)
+    long = [{"role": "user", "content": "hi" * 20_000}]
+    error = error_of(api.post(PATH, messages=long), 400)
+    assert error["param"] == "messages"
+    assert "The chat template" in error["message"]
+
+
 def test_a_template_that_refuses() -> None:
     api = chat_api(source="{{ raise_exception('roles must alternate') }}")
     error = refused(api)

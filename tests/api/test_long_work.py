@@ -21,11 +21,14 @@ class Watched:
 
     def __init__(self) -> None:
         self.on_loop = self.beside = 0
-        self.eos_token_id = TOKENIZER.eos_token_id
+        self.vocab_size, self.start_id = TOKENIZER.vocab_size, TOKENIZER.start_id
 
     def encode(self, text: str) -> list[int]:
         self._note(len(text))
         return TOKENIZER.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         self._note(len(ids))

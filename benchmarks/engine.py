@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -76,9 +77,11 @@ class Engine:
     def preemptions(self) -> int:
         return self._scheduler.preemptions
 
-    def add(self, prompt: list[int], max_tokens: int) -> int:
+    def add(self, prompt: list[int], max_tokens: int, **fields: Any) -> int:
+        """fields: of SamplingParams; greedy without any."""
         id_ = next(self._ids)
-        params = SamplingParams(seed=id_, temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        fields = fields or {"temperature": 0.0}
+        params = SamplingParams(seed=id_, max_tokens=max_tokens, ignore_eos=True, **fields)
         self._scheduler.add(Add(id=id_, prompt=prompt, params=params))
         self.outputs[id_], self.times[id_] = [], []
         return id_

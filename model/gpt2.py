@@ -18,7 +18,9 @@ from model.config import Activation, ModelConfig
 from model.kv_cache import KVCache, LayerCache
 from model.linear import Linear
 from model.ops import Norm, Ops
+from model.sampling_row import SamplingRow
 from model.scores import Scores
+from model.step import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,10 @@ class GPT2:
     def parameters_read(self) -> int:
         """About so many of its numbers are read in a step of one row."""
         return self.config.parameters - self._unknown * self.config.n_embd
+
+    def sample(self, logits: Tensor, rows: list[SamplingRow]) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+        """As `model.sampling.sample`."""
+        return self._ops.sample(logits, rows)
 
     def score(self, logits: Tensor, tokens: Tensor, tops: Sequence[int | None]) -> Scores:
         """As `model.scores.score`."""

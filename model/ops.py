@@ -14,7 +14,10 @@ from model.batch import Batch
 from model.config import Activation
 from model.kv_cache import KVCache, LayerCache
 from model.linear import Linear, OneDNNLinear, PlainLinear
+from model.sampling import sample
+from model.sampling_row import SamplingRow
 from model.scores import Scores, score
+from model.step import TokenLogprobs
 
 
 class Norm(Protocol):
@@ -52,6 +55,10 @@ class Ops(Protocol):
 
     def write_kv(self, qkv: Tensor, cache: LayerCache, slots: Tensor) -> None: ...
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor: ...
+    def sample(self, logits: Tensor, rows: list[SamplingRow]) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+        """As `model.sampling.sample`."""
+        ...
+
     def score(self, logits: Tensor, tokens: Tensor, tops: Sequence[int | None]) -> Scores:
         """As `model.scores.score`."""
         ...
@@ -104,6 +111,9 @@ class TorchOps:
 
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
         return attention(qkv, cache, batch, scale)
+
+    def sample(self, logits: Tensor, rows: list[SamplingRow]) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+        return sample(logits, rows)
 
     def score(self, logits: Tensor, tokens: Tensor, tops: Sequence[int | None]) -> Scores:
         return score(logits, tokens, tops)

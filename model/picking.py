@@ -1,14 +1,27 @@
 """From adjusted logits to a token, by one uniform number. Each row by itself.
 
-In this order: temperature, min_p, top_k, top_p (as in vLLM), then typical_p and xtc. llama.cpp, where those two come
-from, has temperature last and min_p after top_p; here every filter sees the tempered distribution, as in vLLM and
-transformers, and typical_p and xtc see what the others left, renormalised. With temperature_last the filters see the
-distribution of temperature 1, and what they leave is tempered. With min_p_last min_p sees what top_p has left.
+This is the definition; model/kernels/sampling.h computes the same on a CPU, and model/gpu/sampling.py on a GPU.
+
+1. Weights. t = (logit - largest logit) * (1 / temperature) and weight = exp(t), all in float32. The largest is 1.
+2. Grains. A weight that is summed is first rounded to a multiple of the grain, which is 2^-52 of the smallest power of
+   two that is not below the vocabulary's size. A sum of so many weights is exact in float64 then: the same number,
+   whatever the order. A token whose weight rounds to zero is never picked.
+3. Filters, in this order, each on what the ones before it have left:
+   min_p      tokens of at least this weight
+   top_k      so many of the heaviest tokens
+   top_p      the heaviest tokens, until their sum reaches this share of the sum (Holtzman et al. 2020)
+   typical_p  the tokens whose surprise is nearest to the mean surprise, until their sum reaches this share of the sum
+              (Meister et al. 2022)
+   xtc        if the row's coin says so: of the tokens of at least this share of the sum, only the lightest
+   Of equals the earlier token comes first. min_p, top_k and top_p are in vLLM's order. llama.cpp, where typical_p and
+   xtc come from, has temperature last and min_p after top_p; here every filter sees tempered weights, as in
+   transformers.
+   With min_p_last min_p comes after top_p. With temperature_last the filters see weights of temperature 1; then those
+   that are left are weighed anew, t = (t - largest t of them) * (1 / temperature).
+4. Draw. In token order, the first token at which the running sum exceeds uniform * sum.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,128 +29,121 @@ from torch import Tensor
 from model.sampling_params import SamplingParams
 from model.sampling_row import SamplingRow
 
-HEAD = 256  # candidates that decide most top_k and top_p rows; the rest need a whole sort
 XTC_THRESHOLD_MAX = 0.5  # no two tokens can reach more, so xtc would have nothing to choose
 
 
-def pick(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
-    """logits: (len(rows), vocab) fp32, with a finite one in every row."""
-    greedy = [i for i, row in enumerate(rows) if row.params.greedy]
-    whole = [i for i, row in enumerate(rows) if not row.params.greedy and not _filters(row.params)]
-    cut = [i for i, row in enumerate(rows) if not row.params.greedy and _filters(row.params)]
-    tokens = [0] * len(rows)
-    for indices, choose in ((greedy, _pick_greedy), (whole, _pick_whole), (cut, _pick_cut)):
-        for some in _batches(indices, logits.device):
-            for i, token in zip(some, choose(_rows(logits, some), [rows[i] for i in some]), strict=True):
-                tokens[i] = token
-    return tokens
+def pick(logits: Tensor, row: SamplingRow) -> int:
+    """logits: (vocab,) fp32, one of them finite."""
+    if row.params.greedy:
+        # On a CPU NumPy's loop is seven times as fast as PyTorch's. Both take the first of equals.
+        return int((logits.numpy() if logits.device.type == "cpu" else logits).argmax())
+    candidates = Candidates(logits, row)
+    if _filters(row):
+        candidates.filter(row)
+    return candidates.draw(row.uniform)
 
 
-def _batches(indices: list[int], device: torch.device) -> Iterator[list[int]]:
-    """On a CPU each row by itself: what stays in cache is done ten times as fast."""
-    at_once = 1 if device.type == "cpu" else max(1, len(indices))
-    return (indices[i : i + at_once] for i in range(0, len(indices), at_once))
+def coarse(vocab_size: int) -> float:
+    """Adding and subtracting this rounds a float64 between 0 and 1 to a multiple of the grain."""
+    return 2.0 ** (vocab_size - 1).bit_length()
 
 
-def _rows(logits: Tensor, indices: list[int]) -> Tensor:
-    whole = range(indices[0], indices[-1] + 1)
-    return logits[whole.start : whole.stop] if indices == list(whole) else logits[indices]
+def _excludes(row: SamplingRow) -> bool:
+    """Whether xtc acts."""
+    return row.coin < row.params.xtc_probability and row.params.xtc_threshold <= XTC_THRESHOLD_MAX
 
 
-def _filters(params: SamplingParams) -> bool:
-    return params.top_p < 1 or params.top_k is not None or params.min_p > 0 or _needs_all(params)
-
-
-def _needs_all(params: SamplingParams) -> bool:
-    """Filters that look at the whole distribution."""
-    return params.typical_p < 1 or params.xtc_probability > 0
-
-
-def _pick_greedy(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
-    # On a CPU NumPy's loop is seven times as fast as PyTorch's. Both take the first of equals.
-    best = logits.numpy() if logits.device.type == "cpu" else logits
-    tokens: list[int] = best.argmax(-1).tolist()
-    return tokens
-
-
-def _pick_whole(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
-    """Inverse of the cumulative distribution over the vocabulary, in token order."""
-    mass = _temper(logits, [row.params.temperature for row in rows]).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    threshold = torch.tensor([row.uniform for row in rows], dtype=torch.float64, device=logits.device)
-    found = torch.searchsorted(mass, (threshold * mass[:, -1])[:, None], right=True)
-    tokens: list[int] = found[:, 0].tolist()
-    return tokens
-
-
-def _temper(logits: Tensor, temperatures: list[float]) -> Tensor:
-    return logits / torch.tensor(temperatures, device=logits.device)[:, None]
-
-
-def _pick_cut(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
-    """top_k, top_p and min_p: the most likely candidates first; a whole sort only for a row that needs more of them."""
-    temperatures = [1.0 if row.params.temperature_last else row.params.temperature for row in rows]
-    probabilities = _temper(logits, temperatures).softmax(dim=-1)
-    head = probabilities.topk(min(HEAD, probabilities.shape[-1]), dim=-1)
-    tokens = []
-    for i, row in enumerate(rows):
-        values, ids = head.values[i], head.indices[i]
-        kept = None if _needs_all(row.params) else _kept(values, row.params, whole=False)
-        if kept is None:
-            values, ids = probabilities[i].sort(descending=True, stable=True)
-            kept = _kept(values, row.params, whole=True)
-        values, ids = values[:kept], ids[:kept]
-        if _needs_all(row.params):
-            values, ids = _exclude_top_choices(*_typical(values, ids, row.params), row)
-        if row.params.temperature_last:
-            values = (values.double() / values.max()) ** (1 / row.params.temperature)
-        mass = values.cumsum(0, dtype=torch.float64)
-        tokens.append(int(ids[torch.searchsorted(mass, row.uniform * mass[-1], right=True)]))
-    return tokens
-
-
-def _kept(values: Tensor, params: SamplingParams, *, whole: bool) -> int | None:
-    """How many candidates stay, of probabilities in falling order; None where these are too few to tell."""
-    size = len(values)
-    kept = likely = size if whole else size + 1  # size + 1: more than these
-    if params.min_p > 0:
-        likely = int((values >= params.min_p * values[0]).sum())
-        likely = likely if likely < size else kept
-    if not params.min_p_last:
-        kept = likely
-    if params.top_k is not None:
-        kept = min(kept, params.top_k)
-    if params.top_p < 1:  # Holtzman et al. 2020: the smallest set whose mass reaches top_p, of what the others left
-        if kept > size and (params.min_p > 0 or params.top_k is not None):
-            return None
-        inside = values[:kept].cumsum(0, dtype=torch.float64)
-        total = inside[-1].item() if kept <= size else 1.0
-        kept = min(kept, int(torch.searchsorted(inside, params.top_p * total)) + 1)
-    kept = min(kept, likely)
-    return kept if kept <= size else None
-
-
-def _typical(values: Tensor, ids: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Meister et al. 2022: the tokens of the least unusual surprise, until their mass reaches typical_p.
-
-    values: probabilities in falling order, as are those that are returned.
-    """
-    if params.typical_p >= 1:
-        return values, ids
-    possible = int((values > 0).sum())
-    values, ids = values[:possible] / values.sum(), ids[:possible]
-    surprise = -values.log()
-    distance = (surprise - (values * surprise).sum()).abs()
-    nearest, order = distance.sort(stable=True)
-    reached = int((values[order].cumsum(0, dtype=torch.float64) < params.typical_p).sum())
-    inside = distance <= nearest[min(reached, possible - 1)]
-    return values[inside], ids[inside]
-
-
-def _exclude_top_choices(values: Tensor, ids: Tensor, row: SamplingRow) -> tuple[Tensor, Tensor]:
-    """llama.cpp's xtc: with xtc_probability, of the tokens that reach xtc_threshold only the least likely one stays."""
+def _filters(row: SamplingRow) -> bool:
     params = row.params
-    if row.coin >= params.xtc_probability or params.xtc_threshold > XTC_THRESHOLD_MAX:
-        return values, ids
-    reaching = (values > 0) & (values >= params.xtc_threshold * values.sum())
-    first = max(0, int(reaching.sum()) - 1)
-    return values[first:], ids[first:]
+    cuts = params.min_p > 0 or params.top_k is not None or params.top_p < 1
+    return cuts or params.typical_p < 1 or _excludes(row)
+
+
+def weigh(tempered: Tensor) -> Tensor:
+    """The only step whose last bit depends on the library that computes it."""
+    return tempered.exp()
+
+
+class Candidates:
+    """The tokens that may still be picked, in token order."""
+
+    def __init__(self, logits: Tensor, row: SamplingRow) -> None:
+        """logits: (vocab,)."""
+        self._inverse = (1 / torch.tensor(row.params.temperature, dtype=torch.float32)).item()
+        self._coarse = coarse(len(logits))
+        last = row.params.temperature_last and _filters(row)
+        self._tempered = (logits - logits.max()) * (1.0 if last else self._inverse)
+        self._weights = weigh(self._tempered)
+        self._masses = self._grains(self._weights.double())
+        self._total = self._sum()
+        self._ids: Tensor | None = None  # (candidates,); None for the whole vocabulary
+
+    def draw(self, uniform: float) -> int:
+        sums = self._masses.cumsum(0)
+        place = int(torch.searchsorted(sums, uniform * sums[-1], right=True))
+        return place if self._ids is None else int(self._ids[place])
+
+    def filter(self, row: SamplingRow) -> None:
+        params = row.params
+        self._keep(((self._weights >= self._least(params)) & (self._masses > 0)).nonzero()[:, 0])
+        if params.top_k is not None:
+            self._keep_best(self._weights, torch.ones_like(self._masses), float(params.top_k))
+        if params.top_p < 1:
+            cut = (params.min_p > 0 and not params.min_p_last) or params.top_k is not None
+            self._keep_best(self._weights, self._masses, params.top_p * (self._sum() if cut else self._total))
+        if params.min_p_last:
+            self._keep((self._weights >= params.min_p).nonzero()[:, 0])
+        if params.typical_p < 1:
+            self._keep_best(self._typicality(), self._masses, params.typical_p * self._sum())
+        if _excludes(row):
+            self._exclude_top_choices(params.xtc_threshold * self._sum())
+        if params.temperature_last:
+            self._temper()
+
+    def _temper(self) -> None:
+        """What the filters have left, where the temperature comes last."""
+        self._tempered = (self._tempered - self._tempered.max()) * self._inverse
+        self._weights = weigh(self._tempered)
+        self._masses = self._grains(self._weights.double())
+
+    def _grains(self, values: Tensor) -> Tensor:
+        """values: float64."""
+        return values + self._coarse - self._coarse
+
+    def _sum(self) -> float:
+        return float(self._masses.sum())
+
+    def _least(self, params: SamplingParams) -> float:
+        """A weight below which min_p, top_k and top_p keep nothing, so that there is less to sort."""
+        size, least = len(self._weights), 0.0 if params.min_p_last else params.min_p
+        if params.top_k is not None and params.top_k < size:
+            return max(least, self._weights.topk(params.top_k).values[-1].item())
+        if least == 0 and params.top_p < 1:  # all that weigh less could not make up what top_p leaves out
+            return (1 - params.top_p) * self._total / size * 0.999
+        return least
+
+    def _keep(self, places: Tensor) -> None:
+        """places: among the candidates, rising."""
+        self._ids = places if self._ids is None else self._ids[places]
+        self._tempered, self._weights, self._masses = (
+            part[places] for part in (self._tempered, self._weights, self._masses)
+        )
+
+    def _keep_best(self, keys: Tensor, masses: Tensor, goal: float) -> None:
+        """The candidates of the largest keys until their masses sum to `goal`."""
+        order = keys.sort(descending=True, stable=True).indices
+        missing = int((masses[order].cumsum(0) < goal).sum())
+        self._keep(order[: missing + 1].sort().values)
+
+    def _typicality(self) -> Tensor:
+        """A token's surprise is the log of the total minus t, so the distance from its mean is |t - mean of t|."""
+        mean = self._grains(self._masses * self._tempered.double()).sum() / self._masses.sum()
+        return -(self._tempered - mean.float()).abs()
+
+    def _exclude_top_choices(self, least: float) -> None:
+        top = self._weights >= torch.tensor(least, dtype=torch.float32)
+        if not bool(top.any()):
+            return
+        spared = (self._weights == self._weights[top].min()).nonzero()[-1]
+        top[spared] = False
+        self._keep((~top).nonzero()[:, 0])

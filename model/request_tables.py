@@ -53,7 +53,7 @@ class Breakers:
         return int(tokens.size) if np.array_equal(text[at : at + len(tokens)], tokens) else None
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True, eq=False)
 class RequestTables:
     """Of one request. Ids are int32 and rise; a field is None where the request does not ask for it."""
 
@@ -69,10 +69,13 @@ class RequestTables:
 
     def allowed_bits(self) -> npt.NDArray[np.bool_] | None:
         """(vocab,): `allowed`, a byte each."""
-        if self.allowed is None:
-            return None
-        packed = self.allowed.astype("<u4", copy=False).view(np.uint8)
-        return np.unpackbits(packed, count=self.vocab_size, bitorder="little").view(np.bool_)
+        return None if self.allowed is None else unpack(self.allowed, self.vocab_size)
+
+
+def unpack(words: npt.NDArray[np.uint32], vocab_size: int) -> npt.NDArray[np.bool_]:
+    """Bit i of word w says what item 32 w + i is of what is returned, (vocab_size,)."""
+    packed = words.astype("<u4", copy=False).view(np.uint8)
+    return np.unpackbits(packed, count=vocab_size, bitorder="little").view(np.bool_)
 
 
 def make_tables(params: SamplingParams, vocab_size: int, eos_token_ids: Iterable[int]) -> RequestTables:

@@ -84,25 +84,23 @@ class Row:
         """Lay down what may follow the known tokens."""
         self.tokens[self.length : self.length + len(tokens)] = tokens
 
-    def sampling_row(self, guesses: int, device: torch.device) -> SamplingRow:
+    def sampling_row(self, guesses: int) -> SamplingRow:
         """What decides the token that follows the known ones and so many guesses."""
         position = self.length + guesses
         return SamplingRow(
             tables=self.tables,
             uniform=self.uniform(position),
             coin=self.uniform(position, word=1) if self.params.xtc_probability > 0 else 0.0,
-            prompt=torch.from_numpy(self.tokens[: self.prompt_length]).to(device),
-            output=torch.from_numpy(self.tokens[self.prompt_length : position]).to(device),
-            allowed=self._allowed(device),
+            known=self.tokens[:position],
+            prompt_length=self.prompt_length,
+            grammar=self._allowed(),
         )
 
-    def _allowed(self, device: torch.device) -> Tensor | None:
-        """(vocab,) bool."""
+    def _allowed(self) -> npt.NDArray[np.uint32] | None:
+        """By the sequence's grammar; see SamplingRow."""
         if self.matcher is None or self.matcher.allowed is None:
             return None
-        packed = np.frombuffer(self.matcher.allowed, dtype=np.uint8)
-        bits = np.unpackbits(packed, count=self.matcher.vocab_size, bitorder="little")
-        return torch.from_numpy(bits.view(np.bool_)).to(device)
+        return np.frombuffer(self.matcher.allowed, dtype="<u4")
 
     def uniform(self, position: int, word: int = 0) -> float:
         """Number `word` of the position's own; 0 where none is needed. Drawn ahead, since most will be asked for."""

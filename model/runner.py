@@ -17,7 +17,6 @@ from model.grammar import Grammars, Matcher
 from model.kv_cache import KVCache
 from model.request_tables import TablesOfRequests
 from model.row import Row, Span, lay_out
-from model.sampling import sample
 from model.speculative import Drafter
 from model.step import (
     Done,
@@ -160,13 +159,11 @@ class Runner:
         if not wanted:
             return []
         deciders = [
-            self.rows[chunk.id].sampling_row(ahead, self._device)
-            for chunk, _, guessed in wanted
-            for ahead in range(len(guessed) + 1)
+            self.rows[chunk.id].sampling_row(ahead) for chunk, _, guessed in wanted for ahead in range(len(guessed) + 1)
         ]
         hidden = torch.cat([piece[-len(guessed) - 1 :] for _, piece, guessed in wanted])
         networks = [self._network(self.rows[c.id]) for c, _, guessed in wanted for _ in range(len(guessed) + 1)]
-        drawn = iter(zip(*sample(self._logits(hidden, networks), deciders), strict=True))
+        drawn = iter(zip(*self._model.sample(self._logits(hidden, networks), deciders), strict=True))
         sampled = []
         for chunk, _, guessed in wanted:
             own = [next(drawn) for _ in range(len(guessed) + 1)]

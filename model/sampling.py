@@ -6,6 +6,7 @@ logits. Knows nothing of sequences, blocks or clocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,42 +15,47 @@ from torch import Tensor
 from model.logits import adjust, nothing_left
 from model.picking import pick
 from model.sampling_row import SamplingRow
-from model.scores import score
+from model.scores import Scores, score
 from model.step import TokenLogprobs
 
+Choose = Callable[[Tensor, list[SamplingRow]], list[int | None]]
+Score = Callable[[Tensor, Tensor, list[int]], Scores]
 
-def sample(logits: Tensor, rows: list[SamplingRow]) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+
+def choose(logits: Tensor, rows: list[SamplingRow]) -> list[int | None]:
+    """Each row's token; None where the row's own bans leave none: see logits.py. logits: (len(rows), vocab) fp32."""
+    adjusted = adjust(logits, rows)
+    empty = nothing_left(adjusted, rows)
+    return [None if i in empty else pick(adjusted[i], row) for i, row in enumerate(rows)]
+
+
+def sample(
+    logits: Tensor, rows: list[SamplingRow], choose: Choose = choose, score: Score = score
+) -> tuple[list[int | None], list[TokenLogprobs | None]]:
     """logits: (len(rows), vocab) fp32, left as they were. Returns each row's token, and its scores where asked for.
 
-    The token is None, and has no scores, where the row's own bans leave none to pick: see logits.py.
+    choose, score: other ways to compute what the functions of that name compute.
     """
-    tokens = _pick(adjust(logits, rows), rows)
+    tokens = choose(logits, rows)
     scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None and tokens[i] is not None]
     scores: list[TokenLogprobs | None] = [None] * len(rows)
     if scored:
-        tops = [rows[i].params.logprobs or 0 for i in scored]
+        own = logits if len(scored) == len(rows) else logits[scored]
         picked = torch.tensor([tokens[i] for i in scored], device=logits.device)
-        for i, found in zip(scored, token_logprobs(logits[scored], picked, tops), strict=True):
-            asked = rows[i].params.logprob_token_ids
-            scores[i] = replace(found, top=_scores_of(logits[i], asked)) if asked else found
+        found = score(own, picked, [rows[i].params.logprobs or 0 for i in scored]).rows()
+        for i, each in zip(scored, found, strict=True):
+            scores[i] = _asked(logits[i], tokens[i], each, rows[i].params.logprob_token_ids)
     return tokens, scores
 
 
-def _pick(adjusted: Tensor, rows: list[SamplingRow]) -> list[int | None]:
-    empty = nothing_left(adjusted, rows)
-    if not empty:
-        return [*pick(adjusted, rows)]
-    tokens: list[int | None] = [None] * len(rows)
-    left = [i for i in range(len(rows)) if i not in empty]
-    if left:
-        for i, token in zip(left, pick(adjusted[left], [rows[i] for i in left]), strict=True):
-            tokens[i] = token
-    return tokens
-
-
-def _scores_of(logits: Tensor, ids: tuple[int, ...]) -> list[tuple[int, float]]:
-    """logits: (vocab,)."""
-    return list(zip(ids, logits.log_softmax(-1)[list(ids)].tolist(), strict=True))
+def _asked(
+    logits: Tensor, token: int | None, scores: TokenLogprobs | None, ids: tuple[int, ...]
+) -> TokenLogprobs | None:
+    """The scores, with those of `ids` in place of the most likely tokens', if there are any. logits: (vocab,)."""
+    if not ids or scores is None or token is None:
+        return scores
+    total = logits[token] - scores.logprob  # the log of the sum of all exponentials
+    return replace(scores, top=list(zip(ids, (logits[list(ids)] - total).tolist(), strict=True)))
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, tops: list[int]) -> list[TokenLogprobs]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from model.request_tables import RequestTables
 from model.sampling_params import SamplingParams
@@ -14,11 +15,15 @@ from model.sampling_params import SamplingParams
 class SamplingRow:
     tables: RequestTables  # of the request; with the params
     uniform: float  # in [0, 1); picks the token
-    prompt: Tensor  # (n,) int64, on the logits' device; read for repetition_penalty and dry alone
-    output: Tensor  # (m,) int64, the tokens generated so far
     coin: float  # in [0, 1), independent of `uniform`; says whether xtc acts
-    allowed: Tensor | None  # (vocab,) bool: what the row's grammar allows next
+    known: npt.NDArray[np.int64]  # the prompt's tokens and those generated so far, one after the other in memory
+    prompt_length: int
+    grammar: npt.NDArray[np.uint32] | None  # what the row's grammar allows next: bit i of word w is token 32 w + i
 
     @property
     def params(self) -> SamplingParams:
         return self.tables.params
+
+    @property
+    def output(self) -> npt.NDArray[np.int64]:
+        return self.known[self.prompt_length :]

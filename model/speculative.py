@@ -19,7 +19,6 @@ from torch import Tensor
 from model.gpt2 import GPT2
 from model.kv_cache import KVCache
 from model.row import Row, Span, lay_out
-from model.sampling import sample
 from model.step import ScheduledChunk
 
 NGRAMS = (4, 3, 2)  # the longest that has been seen before says what comes next
@@ -126,9 +125,9 @@ class DraftModel:
         return self._model.forward(batch, self._cache)
 
     def _guess(self, rows: list[Row], hidden: Tensor, made: int) -> list[int]:
-        deciders = [row.sampling_row(made, self._device) for row in rows]
+        deciders = [row.sampling_row(made) for row in rows]
         # Where no token is left the network will find that out: whatever is guessed there is wrong.
-        return [0 if token is None else token for token in sample(self._model.logits(hidden), deciders)[0]]
+        return [0 if token is None else token for token in self._model.sample(self._model.logits(hidden), deciders)[0]]
 
     def forget(self, id_: int) -> None:
         self._computed.pop(id_, None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.gpu.accelerator import Accelerator
+from model.picking import coarse
 from model.sampling_params import SamplingParams
 
 HEAD = 256  # candidates that a row of a small top_k is picked from
@@ -132,37 +133,46 @@ class Sampler:
 
 
 def _pick(logits: Tensor, tokens: Tensor, controls: Controls, ways: set[Way]) -> Tensor:
-    probabilities = (logits / controls.temperature.float()).softmax(dim=-1)
+    inverse = 1 / controls.temperature.float()
+    weights = ((logits - logits.amax(dim=-1, keepdim=True)) * inverse).exp()
     choices: dict[Way, Callable[[Tensor, Controls], Tensor]] = {
-        Way.WHOLE: _pick_whole,
+        Way.WHOLE: _draw,
         Way.HEAD: _pick_head,
         Way.SORTED: _pick_sorted,
     }
     for each in sorted(ways):
-        tokens = torch.where(controls.ways[:, 0] == each, choices[each](probabilities, controls), tokens)
+        tokens = torch.where(controls.ways[:, 0] == each, choices[each](weights, controls), tokens)
     return tokens
 
 
-def _pick_whole(probabilities: Tensor, controls: Controls) -> Tensor:
-    mass = probabilities.cumsum(dim=-1, dtype=torch.float64)
+def _grains(weights: Tensor, vocab_size: int) -> Tensor:
+    large = coarse(vocab_size)
+    return weights.double() + large - large
+
+
+def _draw(weights: Tensor, controls: Controls) -> Tensor:
+    """In token order, where the running sum exceeds uniform * sum. weights: (rows, vocab)."""
+    mass = _grains(weights, weights.shape[-1]).cumsum(dim=-1)
     return torch.searchsorted(mass, controls.uniform * mass[:, -1:], right=True)[:, 0]
 
 
-def _pick_head(probabilities: Tensor, controls: Controls) -> Tensor:
-    head = probabilities.topk(min(HEAD, probabilities.shape[-1]), dim=-1)
-    return _pick_of(head.values, head.indices, controls)
+def _pick_head(weights: Tensor, controls: Controls) -> Tensor:
+    head = weights.topk(min(HEAD, weights.shape[-1]), dim=-1)
+    return _pick_of(weights, head.values, head.indices, controls)
 
 
-def _pick_sorted(probabilities: Tensor, controls: Controls) -> Tensor:
-    return _pick_of(*probabilities.sort(dim=-1, descending=True, stable=True), controls)
+def _pick_sorted(weights: Tensor, controls: Controls) -> Tensor:
+    return _pick_of(weights, *weights.sort(dim=-1, descending=True, stable=True), controls)
 
 
-def _pick_of(values: Tensor, ids: Tensor, controls: Controls) -> Tensor:
+def _pick_of(weights: Tensor, values: Tensor, ids: Tensor, controls: Controls) -> Tensor:
     """values: (rows, candidates) in falling order. min_p and top_k, then top_p of what they left, then the draw."""
-    likely = (values >= controls.min_p.float() * values[:, :1]).sum(dim=-1, keepdim=True)
+    masses = _grains(values, weights.shape[-1])
+    likely = ((values >= controls.min_p.float()) & (masses > 0)).sum(dim=-1, keepdim=True)
     kept = torch.minimum(likely, controls.top_k.long()).clamp(1, values.shape[-1])
-    mass = values.cumsum(dim=-1, dtype=torch.float64)
+    mass = masses.cumsum(dim=-1)
     reached = (mass < controls.top_p * mass.gather(1, kept - 1)).sum(dim=-1, keepdim=True) + 1
     kept = torch.where(controls.top_p < 1, torch.minimum(kept, reached), kept)
-    chosen = (mass <= controls.uniform * mass.gather(1, kept - 1)).sum(dim=-1, keepdim=True)
-    return ids.gather(1, torch.minimum(chosen, kept - 1))[:, 0]
+    inside = torch.arange(values.shape[-1], device=values.device) < kept
+    left = torch.zeros_like(weights).scatter(1, ids, torch.where(inside, values, 0.0))
+    return _draw(left, controls)

@@ -57,6 +57,7 @@ static struct {
     pthread_t helpers[MAX_THREADS];
     void (*job)(void *); /* NULL: leave */
     void *argument;
+    atomic_int numbered; /* helpers that have a number, and the caller */
     _Alignas(64) atomic_ullong gate;
     _Alignas(64) atomic_int asleep;
     _Alignas(64) atomic_llong item;
@@ -67,6 +68,8 @@ static struct {
     .threads = 1,
     .gate = GATE_SHUT,
 };
+
+static _Thread_local int thread_number; /* 0 for whoever calls, then each helper's own */
 
 static int pool_threads(void) { return pool.threads; }
 
@@ -102,6 +105,7 @@ static unsigned wait_for_job(unsigned seen)
 
 static void *helper(void *argument)
 {
+    thread_number = atomic_fetch_add(&pool.numbered, 1);
     for (unsigned job = (unsigned)(uintptr_t)argument;;) {
         job = wait_for_job(job);
         if (!enter(job))
@@ -184,6 +188,7 @@ int kernels_set_threads(int threads)
     atomic_fetch_or(&pool.gate, GATE_SHUT);
     void *seen = (void *)(uintptr_t)current_job();
     pool.threads = 1;
+    atomic_store(&pool.numbered, 1);
     while (pool.threads < MIN(threads, MAX_THREADS) && !pthread_create(&pool.helpers[pool.threads], NULL, helper, seen))
         pool.threads++;
     int started = pool.threads;
@@ -220,6 +225,21 @@ static size_t panel_bytes(const struct linear *w, size_t panel)
     default: return ROUND_UP(w->in, 4) * panel + DIV_UP(w->in, KB) * panel * 4;
     }
 }
+
+#include "adjusting.h"
+
+#if defined(__x86_64__)
+/* For each set of 8 lanes, their numbers in rising order, a byte each. */
+static uint64_t squeeze_orders[256];
+
+__attribute__((constructor)) static void fill_squeeze_orders(void)
+{
+    for (int set = 0; set < 256; set++)
+        for (int lane = 0, place = 0; lane < 8; lane++)
+            if (set >> lane & 1)
+                squeeze_orders[set] |= (uint64_t)lane << 8 * place++;
+}
+#endif
 
 /* === One copy of ops.h for each instruction set === */
 
@@ -366,18 +386,21 @@ void kernels_seconds(double *to)
     pthread_mutex_unlock(&pool.caller);
 }
 
-/* Run the steps one after the other, each by all threads. batch->packed, tiles and tile_count are filled in here. */
+/* Run the steps one after the other, each by all threads. batch->packed, tiles and tile_count are filled in
+ * here. */
 void kernels_run(int level_number, const struct step *steps, int64_t count, struct batch *batch)
 {
     const struct level *level = levels[level_number];
     const size_t rows = ROUND_UP(batch->rows, level->tile_rows) + level->tile_rows;
-    size_t groups = 0;
+    pthread_mutex_lock(&pool.caller);
+    size_t packed = 0;
     for (int64_t i = 0; i < count; i++)
         if (steps[i].op == OP_LINEAR)
-            groups = MAX(groups, (size_t)DIV_UP(((const struct linear_call *)steps[i].call)->w->in, KB));
-    pthread_mutex_lock(&pool.caller);
-    batch->packed = scratch(rows * groups * (KB * 4 + 8) + rows * 3 * sizeof *batch->tiles);
-    batch->tiles = (int32_t *)((char *)batch->packed + rows * groups * (KB * 4 + 8));
+            packed = MAX(packed, rows * DIV_UP(((const struct linear_call *)steps[i].call)->w->in, KB) * (KB * 4 + 8));
+        else if (steps[i].op == OP_SAMPLE)
+            packed = MAX(packed, pool.threads * level->sample_room(steps[i].call));
+    batch->packed = scratch(packed + rows * 3 * sizeof *batch->tiles);
+    batch->tiles = (int32_t *)((char *)batch->packed + packed);
     if (batch->query_starts)
         cut(batch, level->tile_rows);
     double then = now();

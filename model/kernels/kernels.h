@@ -14,10 +14,11 @@
 #define DIV_UP(a, b) (((a) + (b) - 1) / (b))
 #define ROUND_UP(a, b) (DIV_UP(a, b) * (b))
 
-enum { ABI = 3 };           /* another number whenever a struct or an entry point below changes its meaning */
+enum { ABI = 4 };           /* another number whenever a struct or an entry point below changes its meaning */
 enum { KB = 256 };          /* columns of x packed together; also the largest head_dim, and one int8 group */
 enum { GROUP = 16 };        /* positions of a key group */
 enum { SPAN = 64 };         /* positions of one softmax step, aligned to position 0 whatever the chunk */
+enum { SPREAD = 128 };      /* weights of one partial sum of a sampler */
 enum { MAX_PANEL = 32 };
 enum { LINE = 64 };         /* bytes of a cache line */
 
@@ -39,7 +40,7 @@ struct batch {
     const int64_t *tokens, *positions, *slots; /* (rows,); slot = block * block_size + offset */
     const int32_t *query_starts;               /* (sequences + 1,) */
     const int32_t *block_tables;               /* (sequences, table_width) */
-    void *packed;                              /* set by kernels_run: room for one packed x */
+    void *packed;                              /* set by kernels_run: room for one packed x, or for samplers */
     int32_t *tiles;                            /* set by kernels_run: (tile_count, 3): first row, rows, sequence */
     int64_t tile_count;
 };
@@ -114,7 +115,44 @@ struct score_call {
     int64_t *ids;        /* (rows, top) */
 };
 
-enum op { OP_PACK, OP_LINEAR, OP_NORM, OP_EMBED, OP_WRITE_KV, OP_ATTENTION, OP_SCORE,
+/* What one request asks of the sampler. Run i is run_tokens[run_starts[i]] to run_tokens[run_starts[i + 1] - 1]. */
+struct sampling {
+    double top_p, typical_p, xtc_probability, xtc_threshold, dry_multiplier, dry_base;
+    int64_t top_k;  /* 0: none */
+    int64_t min_tokens;
+    int64_t penalty_range; /* latest tokens that the penalties look at; 0: all */
+    int64_t dry_allowed_length, dry_last_n /* -1: all */, dry_most /* the largest exponent */;
+    const uint32_t *allowed; /* a bit for each token, or NULL */
+    const int32_t *bias_ids;
+    const float *bias;       /* -INFINITY bans */
+    const int32_t *end_ids;  /* not before min_tokens */
+    const int32_t *ban_ids;  /* never */
+    const int32_t *run_tokens, *run_starts;                            /* never one after the other */
+    const int32_t *head_starts, *tails, *tail_starts, *tail_tokens;    /* of dry: model.request_tables.Breakers */
+    int64_t biases, ends, bans, runs;
+    float temperature, min_p, presence, frequency, repetition;
+    int32_t greedy;
+    int32_t min_p_last, temperature_last;
+    int32_t adjusts; /* whether anything but min_tokens and a grammar changes the logits */
+};
+
+struct sample_row {
+    const struct sampling *request;
+    const int64_t *tokens; /* (known,): the prompt, then the output */
+    int64_t prompt, known;
+    const uint32_t *grammar; /* a bit for each token that the grammar allows, or NULL */
+    double uniform, coin;    /* in [0, 1) */
+};
+
+struct sample_call {
+    const float *logits; /* (rows, width) */
+    int64_t width;
+    const struct sample_row *rows;
+    int64_t longest; /* tokens known of a row */
+    int64_t *tokens; /* (rows,); -1 where nothing is left that may be picked */
+};
+
+enum op { OP_PACK, OP_LINEAR, OP_NORM, OP_EMBED, OP_WRITE_KV, OP_ATTENTION, OP_SCORE, OP_SAMPLE,
           OP_PACK_ROWS /* of OP_LINEAR, by itself */, OPS };
 
 struct step {
@@ -127,6 +165,7 @@ struct level {
     const char *name;
     int32_t panel, tile_rows; /* output columns of a panel; rows computed together */
     void (*ops[OPS])(const void *call, const struct batch *batch);
+    size_t (*sample_room)(const struct sample_call *call); /* bytes of batch->packed that one thread needs */
 };
 
 #endif

@@ -14,14 +14,19 @@ from model.config import Activation
 from model.kernels.forward import Forward, Layer
 from model.kernels.layers import KernelEmbedding, KernelNorm, PackedLinear, Storage
 from model.kernels.library import Kernels
+from model.kernels.sampling import Sampler
 from model.kv_cache import KVCache, LayerCache
+from model.sampling import sample
+from model.sampling_row import SamplingRow
 from model.scores import Scores
+from model.step import TokenLogprobs
 
 
 class KernelOps:
     def __init__(self, kernels: Kernels, storage: Storage = Storage.FP32) -> None:
         self._kernels = kernels
         self._storage = storage
+        self._sampler = Sampler(kernels)
         # Beside weights of fewer bits than 32, the cache keeps no more than 16.
         both = (torch.float32, torch.float16)
         self.kv_dtypes: tuple[torch.dtype, ...] = both if storage is Storage.FP32 else both[::-1]
@@ -53,6 +58,9 @@ class KernelOps:
 
     def attention(self, qkv: Tensor, cache: LayerCache, batch: Batch, scale: float) -> Tensor:
         return self._kernels.attention(qkv, cache, batch, scale)
+
+    def sample(self, logits: Tensor, rows: list[SamplingRow]) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+        return sample(logits, rows, self._sampler, self._kernels.score)
 
     def score(self, logits: Tensor, tokens: Tensor, tops: Sequence[int | None]) -> Scores:
         return self._kernels.score(logits, tokens, tops)

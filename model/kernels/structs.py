@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from model.batch import Batch, Wanted
 from model.kv_cache import LayerCache
 
-ABI = 3  # of kernels.h
+ABI = 4  # of kernels.h
 MAX_HEAD_DIM = 256  # KB in kernels.h
 
 
@@ -115,6 +115,69 @@ class ScoreCall(Structure):
     ]
 
 
+class Sampling(Structure):
+    _fields_ = [
+        ("top_p", c_double),
+        ("typical_p", c_double),
+        ("xtc_probability", c_double),
+        ("xtc_threshold", c_double),
+        ("dry_multiplier", c_double),
+        ("dry_base", c_double),
+        ("top_k", c_int64),
+        ("min_tokens", c_int64),
+        ("penalty_range", c_int64),
+        ("dry_allowed_length", c_int64),
+        ("dry_last_n", c_int64),
+        ("dry_most", c_int64),
+        ("allowed", c_void_p),
+        ("bias_ids", c_void_p),
+        ("bias", c_void_p),
+        ("end_ids", c_void_p),
+        ("ban_ids", c_void_p),
+        ("run_tokens", c_void_p),
+        ("run_starts", c_void_p),
+        ("head_starts", c_void_p),
+        ("tails", c_void_p),
+        ("tail_starts", c_void_p),
+        ("tail_tokens", c_void_p),
+        ("biases", c_int64),
+        ("ends", c_int64),
+        ("bans", c_int64),
+        ("runs", c_int64),
+        ("temperature", c_float),
+        ("min_p", c_float),
+        ("presence", c_float),
+        ("frequency", c_float),
+        ("repetition", c_float),
+        ("greedy", c_int32),
+        ("min_p_last", c_int32),
+        ("temperature_last", c_int32),
+        ("adjusts", c_int32),
+    ]
+
+
+class SampleRow(Structure):
+    _fields_ = [
+        ("request", POINTER(Sampling)),
+        ("tokens", c_void_p),
+        ("prompt", c_int64),
+        ("known", c_int64),
+        ("grammar", c_void_p),
+        ("uniform", c_double),
+        ("coin", c_double),
+    ]
+
+
+class SampleCall(Structure):
+    _fields_ = [
+        ("logits", c_void_p),
+        ("width", c_int64),
+        ("rows", POINTER(SampleRow)),
+        ("longest", c_int64),
+        ("tokens", c_void_p),
+    ]
+
+
 class Step(Structure):
     _fields_ = [
         ("op", c_int64),
@@ -130,9 +193,10 @@ class Op(IntEnum):
     WRITE_KV = 4
     ATTENTION = 5
     SCORE = 6
+    SAMPLE = 7
 
 
-Call = PackCall | LinearCall | NormCall | EmbedCall | AttentionCall | ScoreCall
+Call = PackCall | LinearCall | NormCall | EmbedCall | AttentionCall | ScoreCall | SampleCall
 
 
 # === Pointers ===

@@ -84,7 +84,7 @@ def test_xtc_acts_when_its_coin_says_so() -> None:
         plain = [row(u, xtc_probability=0.3, xtc_threshold=0.01) for u in np.linspace(0, 0.999, 200)]
         picked, _ = sample(values.expand(200, -1), [replace(each, coin=coin) for each in plain])
         assert (best in picked) is expected
-    above_half = row(0.0, xtc_probability=1.0, xtc_threshold=0.6)
+    above_half = row(0.5, xtc_probability=1.0, xtc_threshold=0.6)
     assert sample(values * 9, [above_half])[0] == [best]
 
 
@@ -164,11 +164,11 @@ def test_dry_takes_its_penalty_off_the_logits_and_never_overflows() -> None:
 
 def test_the_grammar_overrules_bans_that_leave_nothing() -> None:
     values = logits()
-    allowed = torch.zeros(VOCAB, dtype=torch.bool)
-    allowed[[3, 4]] = True
+    grammar = np.zeros(-(-VOCAB // 32), dtype=np.uint32)
+    grammar[0] = 1 << 3 | 1 << 4
 
     def picked(**params: Any) -> int | None:
-        return sample(values, [replace(row(temperature=0.0, **params), allowed=allowed)])[0][0]
+        return sample(values, [replace(row(temperature=0.0, **params), grammar=grammar)])[0][0]
 
     best = max((3, 4), key=lambda token: float(values[0, token]))
     assert picked() == best

@@ -35,10 +35,10 @@ def row(
     return SamplingRow(
         tables=make_tables(SamplingParams(**{"seed": 0, **params}), VOCAB, (EOS, OTHER_END)),
         uniform=uniform,
-        prompt=torch.tensor(prompt or [], dtype=torch.int64),
-        output=torch.tensor(output or [], dtype=torch.int64),
         coin=0.0,
-        allowed=None,
+        known=np.array([*(prompt or []), *(output or [])], dtype=np.int64),
+        prompt_length=len(prompt or []),
+        grammar=None,
     )
 
 
@@ -144,7 +144,8 @@ def test_the_named_tokens_are_scored_in_place_of_the_likeliest() -> None:
     _, (scored,) = sample(values, [row(0.5, logprobs=3, logprob_token_ids=(7, 400))])
     assert scored is not None
     raw = values[0].log_softmax(-1)
-    assert scored.top == [(7, raw[7].item()), (400, raw[400].item())]
+    assert [token for token, _ in scored.top] == [7, 400]
+    assert [value for _, value in scored.top] == pytest.approx([raw[7].item(), raw[400].item()], abs=1e-5)
 
 
 def test_presence_and_frequency_penalties_follow_openais_formula() -> None:

@@ -40,7 +40,13 @@ CONSTANTS: list[tuple[Any, dict[str, object], dict[str, int]]] = [
 ]
 
 
-DRAWN = {"logits": "*fp32", "tokens": "*i32", "out": "*i32", "width": "i32"}  # of _draw; its others are float64
+DRAWN = {
+    "logits": "*fp32",
+    "tokens": "*i32",
+    "out": "*i32",
+    "width": "i32",
+    "coarse": "fp32",
+}  # of _draw; its others are float64
 
 
 def sized(name: str, dtype: str) -> list[dict[str, object]]:

@@ -49,9 +49,8 @@ def draws() -> st.SearchStrategy[Draw]:
 
 
 def row_of(draw: Draw) -> SamplingRow:
-    nothing = torch.zeros(0, dtype=torch.int64)
-    tables = make_tables(draw.params, VOCAB, (0,))
-    return SamplingRow(tables=tables, uniform=draw.uniform, prompt=nothing, output=nothing, coin=0.0, allowed=None)
+    tables, nothing = make_tables(draw.params, VOCAB, (0,)), np.zeros(0, dtype=np.int64)
+    return SamplingRow(tables=tables, uniform=draw.uniform, coin=0.0, known=nothing, prompt_length=0, grammar=None)
 
 
 def refine(logits: Tensor, rows: list[Draw]) -> list[int]:
@@ -69,7 +68,7 @@ def refine(logits: Tensor, rows: list[Draw]) -> list[int]:
 @given(st.lists(draws(), min_size=1, max_size=70), st.integers(0, 1000))
 def test_a_batch_is_decided_as_its_rows_would_be(rows: list[Draw], seed: int) -> None:
     logits = 4 * torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(seed))
-    expected = [pick(logits[i : i + 1], [row_of(row)])[0] for i, row in enumerate(rows)]
+    expected = [pick(logits[i], row_of(row)) for i, row in enumerate(rows)]
     assert refine(logits, rows) == expected
 
 

@@ -30,17 +30,19 @@ def confine(*, memory: int, seconds: int, written: int) -> None:
     Where the system is not Linux the calls are not filtered, and the other bounds are all there is.
     """
     _limit(resource.RLIMIT_AS, _address_space() + memory)
-    _limit(resource.RLIMIT_CPU, seconds)
+    _limit(resource.RLIMIT_CPU, seconds, seconds + 5)  # SIGXCPU first: whoever waits can tell what it was
     _limit(resource.RLIMIT_FSIZE, written)
     _limit(resource.RLIMIT_CORE, 0)
     if sys.platform == "linux" and platform.machine() in _FORBIDDEN:
         _filter_calls(*_FORBIDDEN[platform.machine()])
 
 
-def _limit(kind: int, value: int) -> None:
+def _limit(kind: int, value: int, last: int | None = None) -> None:
+    """last: where the system kills, in place of a signal at `value`."""
     hard = resource.getrlimit(kind)[1]
-    bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(kind, (bound, bound))
+    unbounded = hard == resource.RLIM_INFINITY
+    last = value if last is None else last
+    resource.setrlimit(kind, (value if unbounded else min(value, hard), last if unbounded else min(last, hard)))
 
 
 def _address_space() -> int:

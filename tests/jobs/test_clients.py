@@ -21,6 +21,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "init": {"type": "supervised", "supervised": {"init": "xavier", "shape": {"n_layer": 1}}},
     "distillation": {"type": "distillation", "distillation": {"temperature": 2, "hidden": 1}},
 }
+TEMPLATE = (
+    "{% for each in messages %}{{ each.role }}: {{ each.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 FINE_TUNE = """
 import json, openai
 openai.api_base = {url!r} + "/v1"
@@ -45,7 +49,10 @@ say(openai.File.delete(train["id"])["deleted"])
 
 @pytest.fixture(scope="module")
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    with serving(tiny, "--threads", "1", "--data-dir", str(tmp_path_factory.mktemp("jobs"))) as running:
+    template = tmp_path_factory.mktemp("template") / "chat.jinja"
+    template.write_text(TEMPLATE)
+    flags = ("--threads", "1", "--data-dir", str(tmp_path_factory.mktemp("jobs")), "--chat-template", str(template))
+    with serving(tiny, *flags) as running:
         yield running
 
 
@@ -120,6 +127,35 @@ def test_the_current_client_with_each_method(server: RunningServer, lines: Path,
         wait(client, job.id)
     assert client.files.content(train.id).read() == lines.read_bytes()
     assert client.files.delete(train.id).deleted
+
+
+def test_the_current_client_teaches_preferences(server: RunningServer, tmp_path: Path) -> None:
+    lines = [
+        {
+            "input": {"messages": [{"role": "user", "content": f"Ship {n}?"}]},
+            "preferred_output": [{"role": "assistant", "content": "In at noon."}],
+            "non_preferred_output": [{"role": "assistant", "content": "I do not know."}],
+        }
+        for n in range(8)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    client = client_of(server)
+    pairs = client.files.create(file=file, purpose="fine-tune").id
+    hyperparameters: Any = {"beta": 0.2, "n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 20}
+    job = client.fine_tuning.jobs.create(
+        model="davinci", training_file=pairs, validation_file=pairs, suffix="dpo", seed=1,
+        method={"type": "dpo", "dpo": {"hyperparameters": hyperparameters}},
+    )  # fmt: skip
+    assert job.method is not None
+    assert job.method.dpo is not None
+    done = wait(client, job.id)
+    losses = measured(client, done.id)
+    assert losses[-1] < losses[0] < 0.7
+    answer = client.completions.create(
+        model=str(done.fine_tuned_model), prompt="user: Ship 1?\nassistant: ", max_tokens=4
+    )
+    assert answer.model == done.fine_tuned_model
 
 
 def test_openai_0_28(server: RunningServer, environment: Environment, lines: Path) -> None:

@@ -23,7 +23,7 @@ from server.errors import InvalidRequest
 
 ROOMY = Limits(max_model_len=1024, vocab_size=301)
 HONOURED = {*CompletionBody.model_fields, *ALIASES, *CONTEXTS, *ORDERS}
-TEMPLATE = ChatTemplate("{{ messages[0].content }}", bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+TEMPLATE = ChatTemplate("{{ messages[0].content }}", named={"eos_token": "<|endoftext|>"})
 
 
 def parse(limits: Limits = ROOMY, **fields: Any) -> CompletionRequest:

@@ -60,5 +60,7 @@ def requests_drawn(draw: st.DrawFn) -> dict[str, Any]:
         request["logprob_token_ids"] = draw(st.lists(st.integers(0, 50256), min_size=1, max_size=20))
     if request["max_tokens"]:
         request["min_tokens"] = draw(st.integers(0, request["max_tokens"]) | st.just(0))
+    if set(request.get("allowed_token_ids", [-1])) <= {50256, *request.get("stop_token_ids", ())}:
+        request.pop("min_tokens", None)  # no token would be left
     request["n"] = draw(st.sampled_from([1, 1, 1, 2, 3]))
     return request

@@ -131,15 +131,25 @@ class DeadlineProtocol(H11Protocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """A client that has said all it will may still read. It has left when its side of the connection is gone, which
-        only shows once something is sent to it: where an answer has not begun, an interim one is."""
+        only shows once something is sent to it: where an answer has not begun, an interim one is. HTTP/1.0 has none of
+        those; there the kernel asks, and the other one forgets a connection within a minute or so."""
         if self._said_all or not self._answering:  # reading goes on after a pause, and finds the end again
             return self._answering
         self._said_all = True
         if self.conn.our_state is h11.SEND_RESPONSE and self.scope["http_version"] == "1.1":
             interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
             self.transport.write(self.conn.send(interim))
+        else:
+            self._keep_alive()
         self._watch_leaving()
         return True
+
+    def _keep_alive(self) -> None:
+        connection = self.transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     @property
     def _answering(self) -> bool:

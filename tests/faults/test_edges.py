@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 import h11
 import httpx
 import pytest
+from mixed import until
 from serving import RunningServer, serving
+from test_worker_faults import evil
 
 from server.http import Parser
 
@@ -219,6 +221,20 @@ def test_a_client_that_closes_altogether_has_left(stream: bool, begun: bool, ser
         elif begun:
             time.sleep(0.2)
     assert server.wait_until_idle()[ABORTED] == before + 8
+
+
+@pytest.mark.slow
+def test_that_an_http_1_0_client_has_left_shows_though_nothing_can_be_sent_to_it(tiny: Path) -> None:
+    """As a proxy's does that speaks HTTP/1.0 behind it, for a whole answer."""
+    body = json.dumps({"prompt": "a", "max_tokens": 500, "ignore_eos": True}).encode()
+    request = post(len(body), body).replace(b"HTTP/1.1", b"HTTP/1.0")
+    with serving(tiny, "--threads", "1", env=evil("slow:step=any")) as slow:
+        with connect(slow) as client:
+            client.sendall(request)
+            client.shutdown(socket.SHUT_WR)
+            time.sleep(40)  # while it reads, it is there
+            assert ABORTED not in slow.metrics() or slow.metrics()[ABORTED] == 0
+        until(lambda: slow.metrics()[ABORTED] == 1, 90)
 
 
 def test_half_a_request_and_no_more_is_not_waited_for(server: RunningServer) -> None:

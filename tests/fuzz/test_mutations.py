@@ -99,7 +99,9 @@ async def mutate_http(count: int, seed: int) -> None:
     config.load()
     dice = random.Random(seed)
     failures: list[Any] = []
-    connected, other = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        other = socket.create_connection(listener.getsockname())
+        connected, _ = listener.accept()
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
     for _ in range(count):
         raw = mutated(dice, b"".join(posted(dice, b"{}").raw for _ in range(dice.choice([1, 1, 3]))))

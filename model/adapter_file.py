@@ -84,7 +84,10 @@ def read_lora(directory: Path, config: ModelConfig) -> tuple[AdapterConfig, dict
     """One that runs beside the network of this shape. Raises AdapterError also where it is more than that."""
     described, tensors = read_adapter(directory, config)
     if not tensors.is_plain(described):
-        raise AdapterError("the adapter is more than low-rank pairs of the layers, and has to be merged into the model")
+        raise AdapterError(
+            "the adapter is more than low-rank pairs of the layers, and has to be merged into the model first "
+            "(gpt2-server export MODEL DEST --merge ADAPTER)"
+        )
     check_pairs(tensors, config)
     sites = tensors.sites()
     targets = tuple(site for site in SITES if any(place[1] == site for place in sites))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatch
 
 import huggingface_hub as hub  # what is in it is imported where it is asked for
@@ -50,8 +51,8 @@ def _pull_request_with_safetensors(repo: str) -> str | None:
         refs = hub.HfApi().list_repo_refs(repo, include_pull_requests=True).pull_requests or []
     except (hub.errors.HfHubHTTPError, OSError, ValueError, KeyError):
         return None
-    numbers = sorted((ref.ref for ref in refs), key=lambda ref: int(ref.rpartition("/")[2]), reverse=True)
-    for ref in numbers[:PULL_REQUESTS]:
+    numbers = sorted((int(ref.ref[8:]) for ref in refs if re.fullmatch(r"refs/pr/\d{1,9}", ref.ref)), reverse=True)
+    for ref in (f"refs/pr/{number}" for number in numbers[:PULL_REQUESTS]):
         if any(name.endswith(".safetensors") for name in names_on_hub(repo, ref)):
             return ref
     return None

@@ -18,9 +18,10 @@ from model.adapter_file import read_adapter
 from model.adapter_merging import merge_adapter
 from model.config import Activation, ModelConfig, read_config
 from model.conversion.apart import in_place_of
-from model.conversion.gguf_reading import NAMES, OUTER, needed
+from model.conversion.gguf_reading import NAMES, OUTER
 from model.conversion.gguf_vocabulary import read_vocabulary
 from model.conversion.layout import MATRICES, lazy
+from model.conversion.libraries import needed
 from model.conversion.vocabulary import TOKENIZER_FILES, VOCABULARY_FILES
 from model.conversion.writing import write_safetensors
 from model.errors import ConversionError

@@ -5,7 +5,6 @@ Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the `gguf` p
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.conversion.layout import LazyTensor, Source, gpt2_config, linear_to_conv1d
+from model.conversion.libraries import needed
 from model.errors import ConversionError
 
 NAMES = {  # GGUF's: the Hugging Face layout's
@@ -26,7 +26,6 @@ OUTER = {
     "token_embd": "wte", "position_embd": "wpe", "output_norm": "ln_f", "output": "lm_head",
 }  # fmt: skip
 _CONTROL, _USER_DEFINED = 3, 4  # of a token's types
-_OTHER_LAYOUT = ("split.count",)
 
 
 def open_gguf(path: Path) -> Source:
@@ -62,14 +61,6 @@ def open_gguf(path: Path) -> Source:
     config["bos_token_id"] = fields.get("tokenizer.ggml.bos_token_id", config["bos_token_id"])
     config["eos_token_id"] = fields.get("tokenizer.ggml.eos_token_id", config["eos_token_id"])
     return Source("GGUF", config, tensors, [path], _tokenizer(fields, tokens))
-
-
-def needed(library: str) -> ModuleType:
-    """Of the extra [convert]: large, and for a few formats only. Raises ConversionError that says how to get it."""
-    try:
-        return importlib.import_module(library)
-    except ImportError:
-        raise ConversionError(f"this format takes the library {library}: pip install 'gpt2-server[convert]'") from None
 
 
 def _name(theirs: str) -> str:

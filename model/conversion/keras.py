@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.conversion.gguf_reading import needed
 from model.conversion.layout import LazyTensor, Source
+from model.conversion.libraries import needed
 from model.conversion.state_dict import from_state_dict
 from model.conversion.vocabulary import read_description
 from model.errors import ConversionError

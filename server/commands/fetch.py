@@ -94,6 +94,8 @@ def _convert(repo: str, revision: str | None, to: Path | None) -> tuple[Path, st
         path = Path(hf_hub_download(repo, file.rfilename, revision=info.sha))
         directory = path.parent
         _checked(path, file)
+        if file.rfilename == "config.json":
+            read_config(directory)
     made = to or Path(repo.rpartition("/")[2])
     convert(directory, made)
     return made, info.sha

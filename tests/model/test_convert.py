@@ -372,3 +372,14 @@ def test_memory_stays_below_twice_the_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
     assert int(done.stdout.split()[-1]) * 1024 < 2 * size
     assert same_weights(network, tmp_path / "made")
+
+
+@pytest.mark.parametrize(("library", "start"), [("gguf", b"GGUF\x03\0\0\0"), ("h5py", b"\x89HDF\r\n\x1a\n")])
+def test_a_library_that_is_missing_is_asked_for_by_name(
+    library: str, start: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    (tmp_path / "file").write_bytes(start)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=rf"library {library}: pip install 'gpt2-server\[convert\]'"):
+        rewrite(tmp_path / "file", tmp_path)

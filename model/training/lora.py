@@ -30,11 +30,13 @@ class LoraConv1D(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, x: Tensor) -> Tensor:
+        alone: Tensor = self.base(x)  # (..., out)
         if not self.on:
-            alone: Tensor = self.base(x)
             return alone
-        out: Tensor = self.base(x) + self.scaling * F.linear(F.linear(x, self.lora_a), self.lora_b)
-        return out
+        low = F.linear(x, self.lora_a).flatten(0, -2)  # (tokens, rank)
+        # One product that adds: no tensor as large as the output is made on the way.
+        both = torch.addmm(alone.flatten(0, -2), low, self.lora_b.t(), alpha=self.scaling)
+        return both.view_as(alone)
 
     def merged(self) -> Tensor:
         """(in, out) of one map that does both."""

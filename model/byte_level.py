@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = "<|endoftext|>"
 # sha256 of the merges of OpenAI's own GPT-2, one a line
-OPENAI_PAIRS = "ac33235097fe06d4a8fff0feac994644809e6eb6ab70669e1e9fd40ae032428e"
+OPENAI_PAIRS = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"
 ADDED_MAX = 64  # added tokens that are held against each other
 _utf8 = codecs.getincrementaldecoder("utf-8")
 
@@ -197,33 +197,41 @@ def _ranks(vocab: dict[str, int], files: TokenizerFiles) -> dict[bytes, int] | N
     merge makes, ids rise in the order of the merges from the single bytes on, and each token's own bytes become it.
     """
     alphabet = byte_alphabet()
-    single = {character: vocab[character] for character in alphabet if character in vocab}
-    if len(single) < len(alphabet):
+    if not vocab.keys() >= alphabet.keys():
         return None
-    ranks = {bytes([alphabet[character]]): id_ for character, id_ in single.items()}
-    previous = max(single.values())
-    digest = hashlib.sha256()
-    pairs: dict[tuple[int, int], int] = {}
+    made = {vocab[character] for character in alphabet}
+    previous = max(made)
     for left, right in read_merges(files):
-        digest.update(f"{left} {right}\n".encode())
         id_ = vocab.get(left + right)
         if id_ is None or left not in vocab or right not in vocab:
             raise TokenizerError("the merges make a token that the vocabulary does not have")
-        token = bytes(alphabet.get(character, 0) for character in left + right)
-        if id_ <= previous or token in ranks or not alphabet.keys() >= set(left + right):
+        if id_ <= previous or vocab[left] not in made or vocab[right] not in made:
             return None
-        ranks[token], pairs[vocab[left], vocab[right]] = id_, id_
+        made.add(id_)
         previous = id_
-    known = digest.hexdigest() == OPENAI_PAIRS
-    return ranks if known or _all_are_reached(pairs) else None
+    if _merges_digest(files) != OPENAI_PAIRS and not _all_are_reached(vocab, files):
+        return None
+    table = str.maketrans({character: chr(value) for character, value in alphabet.items()})
+    return {text.translate(table).encode("latin-1"): id_ for text, id_ in vocab.items() if id_ in made}
 
 
-def _all_are_reached(pairs: Mapping[tuple[int, int], int]) -> bool:
+def _merges_digest(files: TokenizerFiles) -> str:
+    """sha256 of all merges, one a line. The file has that form already, below a line with a version."""
+    if files.json is not None:
+        text = "\n".join(" ".join(pair) for pair in read_merges(files))
+    else:
+        text = read_text(files.directory / "merges.txt")
+        text = (text.partition("\n")[2] if text.startswith("#version") else text).strip("\n")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _all_are_reached(vocab: Mapping[str, int], files: TokenizerFiles) -> bool:
     """Whether the bytes of each token, by themselves, become that token: no merge across its two halves comes sooner.
 
-    pairs: halves of each token. The walk down the border of the halves is that of Neubeck and van Antwerpen (2024,
-    "So many tokens, so little time").
+    The walk down the border of the halves is that of Neubeck and van Antwerpen (2024, "So many tokens, so little
+    time").
     """
+    pairs = {(vocab[left], vocab[right]): vocab[left + right] for left, right in read_merges(files)}
     halves = {token: pair for pair, token in pairs.items()}
     for (left, right), token in pairs.items():
         limit, a, b = token, left, right

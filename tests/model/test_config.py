@@ -45,6 +45,8 @@ def test_attention_may_be_scaled_by_layer() -> None:
         ({"activation_function": "os.system"}, "activation_function must be one of"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be between 0 and 1"),
         ({"eos_token_id": "</s>"}, "eos_token_id must be a token id, or a list of them"),
+        ({"architectures": ["GPT2ForSequenceClassification"]}, "whose head does not say the next token"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantised \(bitsandbytes\), which is not read"),
         ({"scale_attn_weights": 1}, "scale_attn_weights must be true or false"),
     ],
 )

@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from model.config import read_config
 from model.errors import WeightsError
-from model.weights import expected_shapes, read_weights
+from model.weights import as_stored, expected_shapes, plain_name, read_weights
 
 Make = Callable[..., tuple[Path, GPT2LMHeadModel]]
 Change = Callable[[dict[str, Tensor]], object]
@@ -134,3 +134,34 @@ def test_damaged_files_are_refused(checkpoint: Path, damage: Callable[[Path], No
         read(checkpoint)
     assert "\n" not in str(caught.value)
     assert str(checkpoint) not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "transformer.", "module._orig_mod.transformer."])
+def test_what_wrappers_put_before_a_name_is_no_part_of_it(prefix: str, checkpoint: Path) -> None:
+    expected = read(checkpoint)
+    path = checkpoint / "model.safetensors"
+    plain = {plain_name(name): tensor for name, tensor in load_file(path).items()}
+    save_file({prefix + name: tensor for name, tensor in plain.items()}, path)
+    got = read(checkpoint)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_an_output_layer_that_is_the_embeddings_is_kept_once_and_another_one_is_used(checkpoint: Path) -> None:
+    config = read_config(checkpoint)
+    path = checkpoint / "model.safetensors"
+    plain = {plain_name(name): tensor for name, tensor in load_file(path).items()}
+    for head, tied in ((plain["wte.weight"].clone(), True), (plain["wte.weight"] + 1, False)):
+        save_file({**plain, "lm_head.weight": head}, path)
+        weights = read(checkpoint)
+        assert ("lm_head.weight" not in weights) is tied
+        assert as_stored(config, weights).tie_word_embeddings is tied
+    save_file({**{n: t for n, t in plain.items() if n != "wte.weight"}, "lm_head.weight": plain["wte.weight"]}, path)
+    assert torch.equal(read(checkpoint)["wte.weight"], plain["wte.weight"])
+
+
+def test_eight_bits_are_refused_by_name(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(WeightsError, match="is float8_e4m3fn, not floating point of float16, bfloat16"):
+        read(checkpoint)

@@ -207,7 +207,6 @@ def summary(body: Body) -> str:
 
 
 def _short(value: Any) -> Any:
-    if isinstance(value, list | dict) and len(value) > 4:
-        first = next(iter(value))
-        return f"{len(value)} x {_short(first)!s:.20}"
-    return f"{value[:12]}… ({len(value)})" if isinstance(value, str) and len(value) > 40 else value
+    if isinstance(value, list | dict) and value:
+        return f"{len(value)} x {_short(next(iter(value)))}"
+    return f"{value[:12]}… ({len(value)})" if isinstance(value, str) and len(value) > 20 else value

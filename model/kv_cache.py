@@ -32,4 +32,9 @@ class KVCache:
             pool = huge_zeros(prod(shape) * dtype.itemsize).view(dtype).view(shape)
         else:
             pool = torch.zeros(shape, dtype=dtype, device=device)
+        self._pool = pool
         self.layers = [LayerCache(keys, values) for keys, values in pool]
+
+    def copy(self, source: int, target: int) -> None:
+        """A block's keys and values of all layers, to another block."""
+        self._pool[:, :, target] = self._pool[:, :, source]

@@ -74,6 +74,8 @@ class Runner:
             parts = self._matcher(new), self._variant(new)
             self.rows[new.id] = Row(new, self._tables.of(new.params), self._context, self._max_blocks, *parts)
         for chunk in plan.chunks:
+            if chunk.copied is not None:
+                self._cache.copy(*chunk.copied)
             if chunk.blocks:
                 self.rows[chunk.id].take_blocks(chunk)
 

@@ -42,6 +42,7 @@ class ScheduledChunk(msgspec.Struct, frozen=True):
     first_block: int  # block_table[first_block:] = blocks, before the step runs
     blocks: list[int]
     samples: bool  # the chunk reaches the sequence's last token, and a next one is wanted
+    copied: tuple[int, int] | None = None  # from which block to which, whole, before any chunk of the step is computed
     drafts: int = 0  # guesses of what follows that may be computed on top, and sampled after; there are blocks for them
 
 

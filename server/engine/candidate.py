@@ -23,6 +23,7 @@ class Candidate:
         self.params = params
         self.choice = 0  # which of the samples of its prompt it is
         self.seed: int | None = None  # of its prompt's random numbers; None for that of the parameters
+        self.continued = False  # others go on from where it ends
         self.tokens: list[int] = []
         self.cached_tokens = 0
         self.finish: FinishReason | None = None
@@ -82,6 +83,7 @@ def submission(request: GenerationRequest, candidates: Sequence[Candidate]) -> S
         prompts=list(prompts.values()),
         samples=[_sample(each, places[id(each.prompt)]) for each in candidates],
         priority=request.priority,
+        continued=candidates[0].continued,
         owner=request.key_name,
         salt=request.cache_salt,
         variant=None if request.variant is None else request.variant.key,

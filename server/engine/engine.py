@@ -213,7 +213,9 @@ class Engine:
             return ChoiceOutput(request, prompt, index, self._tokenizer, self._texts)
 
         def start(prompt: Prompt, params: SamplingParams) -> Candidate:
-            return Candidate(next(self._ids), prompt, params, output(prompt, 0), echo=False)
+            candidate = Candidate(next(self._ids), prompt, params, output(prompt, 0), echo=False)
+            candidate.continued = True
+            return candidate
 
         ends = () if request.params.ignore_eos else self._tokenizer.eos_token_ids
         return BeamGeneration(request, start, output, frozenset((*request.params.stop_token_ids, *ends)), self._close)

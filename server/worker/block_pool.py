@@ -17,7 +17,10 @@ from typing import NamedTuple
 
 
 class BlockKey(NamedTuple):
-    """What a full block holds: its own tokens and, through the digest, all those before them and the salt."""
+    """What a block holds: its own tokens and, through the digest, all those before them and the salt.
+
+    A full block, or the last one of a sequence.
+    """
 
     digest: bytes
     tokens: bytes  # compared on every hit, so that a collision of digests is a miss and not another's text
@@ -29,7 +32,7 @@ def root_digest(salt: bytes) -> bytes:
 
 
 def block_keys(parent: bytes, tokens: list[int], block_size: int) -> list[BlockKey]:
-    """The keys of full blocks that hold these tokens, one after the other behind `parent`."""
+    """The keys of blocks that hold these tokens, one after the other behind `parent`; the last need not be full."""
     packed = array("I", tokens)
     width = block_size * packed.itemsize
     data = packed.tobytes()

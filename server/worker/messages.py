@@ -54,6 +54,7 @@ class Add(msgspec.Struct, frozen=True):
     seed: int | None = None  # in place of that of the parameters
     output: list[int] = []
     priority: int = 0  # lower runs first
+    continued: bool = False  # others go on from where it ends, as beams do: its last block is found although not full
     owner: str = ""  # whose it is: owners have equal shares of the worker, and priorities order each one's own
     salt: bytes = b""  # prefix-cache entries are shared only among equal salts; those of a variant differ from others'
     variant: str | None = None  # the key of a Load before; None for the model itself
@@ -76,6 +77,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     prompts: list[list[int]]
     samples: list[Sample]
     priority: int = 0
+    continued: bool = False
     owner: str = ""
     salt: bytes = b""
     variant: str | None = None
@@ -90,6 +92,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
                 seed=each.seed,
                 output=each.output,
                 priority=self.priority,
+                continued=self.continued,
                 owner=self.owner,
                 salt=self.salt,
                 variant=self.variant,

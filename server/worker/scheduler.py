@@ -131,6 +131,8 @@ class Scheduler:
     def _leave(self, sequence: Sequence, status: Status) -> None:
         """Take a sequence off the queue it is in. All blocks are freed here, but those lent to guesses."""
         queue = self._running if sequence.status is Status.RUNNING else self._waiting
+        if sequence.continued and status is Status.FINISHED:
+            self._register_tail(sequence)
         del queue[bisect_left(queue, sequence.rank, key=_rank)]
         if sequence.status is Status.RUNNING:
             self._removed.append(sequence.id)
@@ -149,7 +151,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan a step: decoding first, then prompts under way, then new ones. None when there is nothing to run."""
-        self._make_way()
+        due = self._make_way()
         budget = self.token_budget
         preemptions = self.preemptions
         chunks: list[ScheduledChunk] = []
@@ -171,15 +173,16 @@ class Scheduler:
             prefills = self._turns.in_turn(prefills)  # their blocks they have had since admission
             admitting = self.preemptions == preemptions
             while left > 0 and (prefills or admitting):
-                admitted = None
-                if admitting and (not prefills or self._turns.had_fewer(self._turns.first(self._waiting), prefills[0])):
-                    admitted = self._admit(background)
-                    admitting = admitted is not None
+                first = self._next_to_admit(prefills, due) if admitting else None
+                admitted = None if first is None else self._admit(first, background)
                 if admitted is not None:
+                    due = None
                     added.append(_for_runner(admitted))
                     chunks.append(self._chunk(admitted, min(admitted.remaining, left), 0))
                     left -= chunks[-1].count
-                elif prefills and (sequence := prefills.pop(0)).status is Status.RUNNING:
+                    continue
+                admitting = admitting and first is None and bool(prefills)
+                if prefills and (sequence := prefills.pop(0)).status is Status.RUNNING:
                     chunks.append(self._chunk(sequence, min(sequence.remaining, left), len(sequence.block_table)))
                     left -= chunks[-1].count
             budget += left
@@ -192,6 +195,12 @@ class Scheduler:
         self._steps += 1
         removed, self._removed = self._removed, []
         return StepPlan(removed=removed, added=added, chunks=chunks)
+
+    def _next_to_admit(self, prefills: list[Sequence], due: Sequence | None) -> Sequence | None:
+        """Who comes before the prompts under way, if any are left; due: somebody made way for this one."""
+        first = due or self._turns.first(self._waiting)
+        before = due is not None or not prefills or self._turns.had_fewer(first, prefills[0])
+        return first if before else None
 
     def _grow(self, sequence: Sequence, chunks: list[ScheduledChunk]) -> bool:
         """Make room for one more token, if need be at the cost of the newest. False if that was the sequence itself.
@@ -208,17 +217,23 @@ class Scheduler:
         sequence.block_table += self.pool.allocate(1)
         return True
 
-    def _make_way(self) -> None:
-        """Until the first of the queue has a seat and blocks, or nobody is left who has to give up his."""
+    def _make_way(self) -> Sequence | None:
+        """Until the first of the queue has a seat and blocks, or nobody is left who has to give up his.
+
+        Returns the one for which another owner's made way, which is admitted before any other.
+        """
+        due = None
         while (first := self._turns.first(self._waiting)) is not None and not first.background:
             if self._has_seat and self._fits(first):
-                return
+                break
             if self._running and self._running[-1].background:
                 self._preempt(self._running[-1])
             elif (victim := self._turns.beyond_its_share(self._running, first, seat=not self._has_seat)) is not None:
                 self._preempt(victim)
+                due = first
             else:
-                return
+                break
+        return due
 
     @property
     def _has_seat(self) -> bool:
@@ -234,10 +249,9 @@ class Scheduler:
     def _fits(self, sequence: Sequence) -> bool:
         return self._room(sequence, self._cached_blocks(sequence)) is not None
 
-    def _admit(self, background: bool) -> Sequence | None:
+    def _admit(self, sequence: Sequence, background: bool) -> Sequence | None:
         """Start the first of the queue, if it is of this kind and there is a seat and blocks for all its tokens."""
-        sequence = self._turns.first(self._waiting) if self._has_seat else None
-        if sequence is None or sequence.background is not background:
+        if not self._has_seat or sequence.background is not background:
             return None
         if sequence.in_flight:  # preempted while a plan was to sample its next token: wait for that
             return None
@@ -247,11 +261,15 @@ class Scheduler:
             return None
         del self._waiting[bisect_left(self._waiting, sequence.rank, key=_rank)]
         insort(self._running, sequence, key=_rank)
+        tail = self._tail(sequence, len(cached)) if sequence.continued else None
         self.pool.share(cached)
         sequence.status = Status.RUNNING
         sequence.block_table = cached + self.pool.allocate(need)
         sequence.registered = len(cached)
         sequence.computed = min(len(cached) * self.pool.block_size, sequence.reusable)
+        if sequence.continued and tail is not None:
+            sequence.computed = sequence.reusable
+            sequence.copy_from = tail
         self._count_hits(sequence)
         return sequence
 
@@ -260,6 +278,20 @@ class Scheduler:
             return []
         full = min(len(sequence.tokens) // self.pool.block_size, self.pool.blocks_for(sequence.reusable))
         return self.pool.match(sequence.leading_keys(full, self.pool.block_size))
+
+    def _tail(self, sequence: Sequence, full: int) -> int | None:
+        """The block that holds what it can reuse behind so many full ones; its content is there until the next plan."""
+        if not self.pool.enable_prefix_caching or sequence.reusable // self.pool.block_size != full:
+            return None
+        key = sequence.tail_key(sequence.reusable, self.pool.block_size)
+        return next(iter(self.pool.match([] if key is None else [key])), None)
+
+    def _register_tail(self, sequence: Sequence) -> None:
+        """Let those that go on from it find its last block, which is not full."""
+        known = min(sequence.computed, len(sequence.tokens))
+        key = sequence.tail_key(known, self.pool.block_size)
+        if key is not None and self.pool.blocks_for(known) <= len(sequence.block_table):
+            self.pool.register(sequence.block_table[known // self.pool.block_size], key)
 
     def _count_hits(self, sequence: Sequence) -> None:
         if sequence.preemptions == 0:  # finding its own blocks again is no hit
@@ -277,7 +309,15 @@ class Scheduler:
         samples = sequence.samples and sequence.computed == sequence.total
         self._register(sequence)
         sequence.in_flight += samples
-        return ScheduledChunk(sequence.id, start, count, known_blocks, sequence.block_table[known_blocks:], samples)
+        copied, sequence.copy_from = self._copy(sequence, start), None
+        blocks = sequence.block_table[known_blocks:]
+        return ScheduledChunk(sequence.id, start, count, known_blocks, blocks, samples, copied=copied)
+
+    def _copy(self, sequence: Sequence, start: int) -> tuple[int, int] | None:
+        """From which block to which, for a sequence that was admitted with another's last block."""
+        if sequence.copy_from is None:
+            return None
+        return sequence.copy_from, sequence.block_table[start // self.pool.block_size]
 
     def _register(self, sequence: Sequence) -> None:
         """Let others find the blocks it has filled with known tokens."""

@@ -35,6 +35,7 @@ class Sequence:
     seed: int
     rank: tuple[int, int]  # the lowest runs first and is preempted last
     owner: str
+    continued: bool
     salt: bytes
     variant: str | None = None
     background: bool = False  # nobody waits for it: it makes way
@@ -48,6 +49,7 @@ class Sequence:
     drafting: int = 0  # guesses that a plan in flight may add: until it is known which are right, nothing is planned
     borrowed: int = 0  # blocks at the end of the table that it holds for these guesses alone
     acceptance: float | None = None  # how likely a guess is right; None before the first was thought of
+    copy_from: int | None = None  # the block that its first chunk's first block begins as; then None
     preemptions: int = 0
     scored: int = 0  # prompt positions before it need no logprobs row (any more)
     cached_tokens: int | None = None  # prompt tokens found cached at first admission; told once, then None
@@ -69,6 +71,7 @@ class Sequence:
             seed=params.seed if message.seed is None else message.seed,
             rank=rank,
             owner=message.owner,
+            continued=message.continued,
             salt=message.salt,
             variant=message.variant,
             background=message.priority >= BACKGROUND,
@@ -119,6 +122,16 @@ class Sequence:
 
     def _stops_at(self, token: int) -> bool:
         return token in self.ends or self.params.stops_at(token)
+
+    def tail_key(self, count: int, block_size: int) -> BlockKey | None:
+        """The key of the last of the blocks that hold the first `count` tokens; None where it is full."""
+        assert count <= len(self.tokens)
+        full = count // block_size
+        if full * block_size == count:
+            return None
+        leading = self.leading_keys(full, block_size)
+        parent = leading[-1].digest if leading else root_digest(self.salt)
+        return block_keys(parent, self.tokens[full * block_size : count], block_size)[0]
 
     def leading_keys(self, count: int, block_size: int) -> list[BlockKey]:
         """The keys of the first `count` blocks, all of them full of known tokens."""

@@ -52,13 +52,15 @@ class Turns:
         """Who is preempted so that this one can grow: the newest, of several owners of that which holds most blocks.
 
         It may be the sequence itself. chunks: of the plan under way. Whoever has one keeps its blocks, which another's
-        chunk may not write in the same step; where ranks alone decide, nobody newer has one yet.
+        chunk may not write in the same step, and so does whoever is older than one of the same owner. Where ranks alone
+        decide, nobody newer has one yet.
         """
         able = [s for s in reversed(running) if _yields(s, sequence)]
         if not self.shares.several:
             return able[0]
         planned, held = {chunk.id for chunk in chunks}, _blocks(running)
-        able = [s for s in able if s.id not in planned]
+        newest = {s.owner: s.rank for s in running if s.id in planned}  # running is in order of rank
+        able = [s for s in able if s.owner not in newest or s.rank > newest[s.owner]]
         return max(able, key=lambda s: (s.background, 0 if s.background else held[s.owner]))  # of equals the newest
 
     def beyond_its_share(self, running: list[Sequence], first: Sequence, *, seat: bool) -> Sequence | None:

@@ -71,6 +71,8 @@ class FakeRunner:
         for new in plan.added:
             assert new.id not in self.rows
             self.rows[new.id] = self._row(new)
+        for source, target in (chunk.copied for chunk in plan.chunks if chunk.copied is not None):
+            self.cache[target] = list(self.cache[source])
         sampled: list[SampledToken] = []
         scored: list[PromptLogprobs] = []
         drafted: dict[int, int] = {}
@@ -279,9 +281,10 @@ class Simulation:
         if preempted and plan.added:  # somebody who waits was made way for
             made_way = [id_ for id_ in plan.removed if id_ in self.live]
             assert made_way, "admitted in a step that preempted"
-            own = {self.live[new.id].message.owner for new in plan.added}
-            made_way = [id_ for id_ in made_way if self.live[id_].message.owner in own]
-            assert all(self._background(id_) for id_ in made_way), "made way for a sequence of its own owner"
+            owners = {self.live[new.id].message.owner for new in plan.added}
+            for id_ in made_way:
+                another = owners - {self.live[id_].message.owner}
+                assert self._background(id_) or another, "made way for a sequence of its own owner"
             assert not any(self._background(new.id) for new in plan.added), "made way for what nobody waits for"
         self._check_order(plan, preempted)
 
@@ -301,7 +304,8 @@ class Simulation:
         for chunk in plan.chunks:
             client = self.live[chunk.id]
             spared = client.admissions > PREEMPTIONS_BEFORE_RESERVE
-            rivals = [each.order for each in out if each.message.owner == client.message.owner]
+            # One that made way for another owner's may find room again in the very step.
+            rivals = [each.order for each in out if each.message.owner == client.message.owner and each is not client]
             assert spared or all(client.order < order for order in rivals), "preempted the wrong one"
 
     def _background(self, id_: int) -> bool:

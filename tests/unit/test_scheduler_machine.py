@@ -32,13 +32,22 @@ def family(sim: Simulation, random: Random, siblings: int) -> None:
         "ignore_eos": random.random() < 0.7,
         "prompt_logprobs": 1 if scored else None,
     }
-    owner = random.choice(sim.owners)
+    owner, continued = random.choice(sim.owners), random.random() < 0.3
     priority, salt = random.choice([0, 0, 0, 1, -1, 2, BACKGROUND]), random.choice([b"", b"", b"a"])
     for choice in range(siblings):
         whole = Add(id=0, prompt=prompt, params=SamplingParams(**params), choice=choice, salt=salt)  # type: ignore[arg-type]
         output, _ = alone(whole, sim.scheduler.max_model_len)
         kept = random.randrange(len(output)) if output and not scored and random.random() < 0.1 else 0
-        sim.add(prompt, whole.params, choice=choice, output=output[:kept], priority=priority, owner=owner, salt=salt)
+        sim.add(
+            prompt,
+            whole.params,
+            choice=choice,
+            output=output[:kept],
+            priority=priority,
+            owner=owner,
+            continued=continued,
+            salt=salt,
+        )
 
 
 def new_simulation(random: Random) -> Simulation:

@@ -115,15 +115,15 @@ class Clients:
             next(answer.iter_lines())
 
 
-def kill(server: RunningServer, clients: Clients, rng: random.Random) -> int:
-    """Returns how many workers were killed, at the same moment."""
+def kill(server: RunningServer, clients: Clients, rng: random.Random, gap: float) -> int:
+    """gap: seconds before it, on the average. Returns how many workers were killed, at the same moment."""
     idle = rng.random() < 0.3
     if idle:
         clients.busy.clear()
         until(lambda: server.metrics()["gpt2_requests_in_flight"] == 0, 120)
     elif rng.random() < 0.2:
         clients.leave()
-    time.sleep(rng.expovariate(1 / GAP))
+    time.sleep(rng.expovariate(1 / gap))
     pids = workers_of(server)
     victims = pids if rng.random() < 0.5 else pids[:1]
     kill_all(victims)
@@ -137,7 +137,7 @@ def kill_all(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def check(tiny: Path, adapters: list[str], workers: int, kills: int, seed: int) -> dict[str, Any]:
+def check(tiny: Path, adapters: list[str], workers: int, kills: int, seed: int, gap: float = GAP) -> dict[str, Any]:
     flags = ("--threads", "1", "--workers", str(workers), "--speculative-method", "ngram", "--lora-modules", *adapters)
     env = {"GPT2_SERVER_LORA_MODULES_GIB": "0.0001"}  # room for one at a time: they are read again and again
     rng, killed = random.Random(seed), 0
@@ -148,7 +148,7 @@ def check(tiny: Path, adapters: list[str], workers: int, kills: int, seed: int) 
             clients.busy.set()
             try:
                 while killed < kills and not any(each.done() for each in asking):
-                    killed += kill(server, clients, rng)
+                    killed += kill(server, clients, rng, gap)
             finally:
                 clients.over = True
                 clients.busy.set()
@@ -162,7 +162,7 @@ def check(tiny: Path, adapters: list[str], workers: int, kills: int, seed: int) 
 
 
 def test_workers_killed_at_the_same_moment_fail_nobody(tiny: Path, adapters: list[str]) -> None:
-    report = check(tiny, adapters, workers=2, kills=3, seed=3)
+    report = check(tiny, adapters, workers=2, kills=3, seed=3, gap=0.5)
     assert report["restarts"] >= 3
 
 

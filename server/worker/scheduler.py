@@ -13,7 +13,8 @@ rules: every plan handed out is run, plans are run and updated in order, and ids
 freed while a plan uses them are then safe: whoever gets them writes them in a later plan. For the same reason a block
 may be found in the prefix cache as soon as the chunk that fills it is planned, even by a later chunk of the same plan,
 so that the n samples of one prompt start together and compute it once. Only full blocks are shared: the tail of a
-prompt, shorter than a block, is computed by each sibling, which costs less than copying blocks on write would in code.
+prompt, shorter than a block, is computed by each sibling. Where sequences go on from one that has ended, one token each
+(`continued`: beams), its last block is found too, and copied for each of them.
 
 Owners (keys of the API) have equal shares, by tokens: see turns.py. A rank, and so a priority, orders an owner's own
 sequences.

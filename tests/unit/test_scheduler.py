@@ -600,3 +600,30 @@ def test_a_sequence_that_ends_while_the_next_step_computes_it_ends_once() -> Non
     assert sim.update()[0].finish is FinishReason.STOP
     assert sim.pool.num_used == 0
     assert sim.update() == []
+
+
+@pytest.mark.parametrize("length", [5, 7, 8, 9, 13])
+def test_those_that_go_on_from_a_sequence_compute_one_token_each(length: int) -> None:
+    """Beams: the last block of the one that ended is copied for each of them, full or not."""
+    sim = Simulation(block_size=4, num_blocks=64, budget=64)
+    sim.add(prompt(length), params(1), continued=True)
+    sim.step(2)
+    (ended,) = sim.ended
+    for token in (ended.output[0], 9, 8):
+        sim.add([*prompt(length), token], params(1), continued=True)
+    plan = sim.schedule()
+    assert plan is not None
+    assert [(chunk.start, chunk.count) for chunk in plan.chunks] == [(length, 1)] * 3
+    assert all((chunk.copied is None) is (length % 4 == 0) for chunk in plan.chunks)
+    sim.drain()
+
+
+def test_others_find_full_blocks_alone() -> None:
+    sim = Simulation(block_size=4, num_blocks=64, budget=64)
+    sim.add(prompt(7), params(1))
+    sim.step(2)
+    sim.add([*prompt(7), 9], params(1))
+    plan = sim.schedule()
+    assert plan is not None
+    assert [(chunk.start, chunk.count, chunk.copied) for chunk in plan.chunks] == [(4, 4, None)]
+    sim.drain()

@@ -42,7 +42,7 @@ from model.loading import choose_device, choose_dtype
 from model.sampling_params import SamplingParams
 from model.weights import expected_shapes
 from server.worker.messages import Add, Start
-from server.worker.parts import count_blocks, load_networks, make_runner, make_scheduler, make_variants
+from server.worker.parts import count_blocks, load_networks, make_grammars, make_runner, make_scheduler, make_variants
 from server.worker.pipeline import Pipeline
 
 SHAPES = {  # layers, width, heads
@@ -106,7 +106,7 @@ class Engine:
         self.itemsize = networks.kv_dtype.itemsize
         self.device = networks.device
         self._scheduler = make_scheduler(start, networks, blocks, None)
-        self._runner = make_runner(start, networks, blocks, make_variants(start, networks))
+        self._runner = make_runner(start, networks, blocks, make_variants(start, networks), make_grammars(start))
         self._pipeline = Pipeline(self._scheduler, self._runner)
         self._ids = itertools.count()
 

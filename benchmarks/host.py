@@ -31,6 +31,7 @@ from model.gpt2 import GPT2
 from model.gpu.attention import GatheredAttention
 from model.gpu.ops import GpuOps
 from model.gpu.runner import GraphRunner, Recorded
+from model.grammar import Grammars
 from model.kv_cache import KVCache
 from model.runner import Runner
 from model.sampling_params import SamplingParams
@@ -75,13 +76,18 @@ def load(directory: Path) -> GPT2:
 
 
 def make_idle_runner(
-    start: Start, networks: Networks, num_blocks: int, variants: Variants, recorded: Recorded | None = None
+    start: Start,
+    networks: Networks,
+    num_blocks: int,
+    variants: Variants,
+    grammars: Grammars,
+    recorded: Recorded | None = None,
 ) -> GraphRunner:
     """As server.worker.parts.make_runner. The prompts' steps are computed, on the CPU."""
     network = load(Path(start.model))
     cache = KVCache(network.config, num_blocks + 1, start.block_size, torch.float32, CPU)
     runner = GraphRunner(
-        Runner(network, cache, CPU, start.max_model_len), network, cache, Nothing(),
+        Runner(network, cache, CPU, start.max_model_len, grammars=grammars), network, cache, Nothing(),
         max_rows=start.max_num_batched_tokens, max_seqs=start.max_num_seqs,
         max_blocks=-(-start.max_model_len // start.block_size), scratch_block=num_blocks,
     )  # fmt: skip

@@ -16,6 +16,8 @@ WALKS = 12
 STEPS = 48  # of each
 CPU_SECONDS = 0.04  # for all: a walk that takes longer is not gone to its end
 DEAD_END = "it leads to where nothing can follow although it is not matched, or where finding out takes too long"
+TOO_SLOW = "finding out what may follow takes too long"
+STEP_CPU_SECONDS = 0.05  # that finding out what may follow may take at any place
 LIKELY = b'"}],:0a]}" \n'  # what brings a walk on: the ends of texts, lists and objects
 
 
@@ -27,17 +29,20 @@ def find_dead_ends(start: Matcher, vocabulary: Vocabulary) -> None:
     for _ in range(WALKS):
         matcher = start.copy()
         for _ in range(STEPS):
+            began = time.thread_time()
+            allowed = matcher.allowed
+            if time.thread_time() - began > STEP_CPU_SECONDS:
+                raise GrammarError(TOO_SLOW)
             if matcher.state is GrammarState.LOST:
                 raise GrammarError(DEAD_END)
-            if matcher.state is GrammarState.COMPLETE or time.process_time() > until:
+            if allowed is None or matcher.state is GrammarState.COMPLETE or time.process_time() > until:
                 break
-            matcher.advance([_choose(matcher, chance.choice(likely), chance)])
+            matcher.advance([_choose(allowed, chance.choice(likely), chance)])
 
 
-def _choose(matcher: Matcher, likely: list[int], chance: random.Random) -> int:
+def _choose(allowed: bytes, likely: list[int], chance: random.Random) -> int:
     """One of the allowed tokens, and one of the likely ones where it can be."""
-    assert matcher.allowed is not None
-    bits = int.from_bytes(matcher.allowed, "little")
+    bits = int.from_bytes(allowed, "little")
     open_ways = [token for token in likely if bits >> token & 1]
     if open_ways:
         return chance.choice(open_ways)

@@ -12,7 +12,10 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from model.errors import ModelError
 from model.gpu import cuda
@@ -47,6 +50,7 @@ from server.worker.parts import (
     Networks,
     count_blocks,
     load_networks,
+    make_grammars,
     make_runner,
     make_scheduler,
     make_speculation,
@@ -55,6 +59,7 @@ from server.worker.parts import (
 from server.worker.pipeline import Pipeline
 
 EXIT_CONFIG = 78
+PARKED_POLL = 0.02  # seconds between looks for messages, while all there is waits for its grammar
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -65,6 +70,10 @@ class Worker:
         """Loads the model and says Ready. Raises ModelError."""
         began = time.perf_counter()
         teller = Teller(channel)
+        self._grammars = make_grammars(start)
+        vocabulary = self._grammars.begin()  # beside the weights
+        self._parked: list[tuple[Future[None], Submit]] = []  # until their grammars are compiled
+        self._gone: set[int] = set()  # what was aborted of these
         networks = load_networks(start, teller.read)
         self._start = start
         self._channel = channel
@@ -81,6 +90,7 @@ class Worker:
         if self._budget is not None:
             self._scheduler.token_budget = self._budget.budget
         self._stopping = False
+        vocabulary.result()
         give_back_code()
         self._channel.send(
             Ready(
@@ -92,7 +102,8 @@ class Worker:
         )
 
     def _make_pipeline(self, networks: Networks, variants: Variants, recorded: Recorded | None = None) -> Pipeline:
-        return Pipeline(self._scheduler, make_runner(self._start, networks, self._num_blocks, variants, recorded))
+        parts = self._start, networks, self._num_blocks, variants
+        return Pipeline(self._scheduler, make_runner(*parts, self._grammars, recorded))
 
     def loop(self) -> None:
         """Until Shutdown. Raises EOFError or ConnectionError when the api process is gone."""
@@ -100,6 +111,7 @@ class Worker:
         while not self._stopping:
             messages = self._channel.receive(wait=self._idle)
             self.handle(messages)
+            self._unpark()
             if not self._step() and messages:  # nothing to run, but the books may have changed
                 self._report([])
 
@@ -114,6 +126,7 @@ class Worker:
             case Submit():
                 self._submit(message)
             case Abort():
+                self._gone.update(message.ids if self._parked else ())
                 for id_ in message.ids:
                     self._scheduler.abort(id_)
             case Load():
@@ -159,6 +172,26 @@ class Worker:
             self._leaving.discard(gone)
 
     def _submit(self, message: Submit) -> None:
+        """At once, or once its grammar is compiled, which is nothing for a step to wait for."""
+        grammar = message.params.grammar
+        preparing = None if grammar is None else self._grammars.prepare(grammar)
+        if preparing is None:
+            self._add(message)
+        else:
+            self._parked.append((preparing, message))
+
+    def _unpark(self) -> None:
+        if self._parked and self._scheduler.idle:
+            wait([preparing for preparing, _ in self._parked], PARKED_POLL, FIRST_COMPLETED)
+        ready = [message for preparing, message in self._parked if preparing.done()]
+        self._parked = [(preparing, message) for preparing, message in self._parked if not preparing.done()]
+        for message in ready:
+            left = [sample for sample in message.samples if sample.id not in self._gone]
+            self._add(replace(message, samples=left))
+        if not self._parked:
+            self._gone.clear()
+
+    def _add(self, message: Submit) -> None:
         if message.variant is not None:
             assert self._variants is not None, "work for a worker that sleeps"
             try:
@@ -197,7 +230,7 @@ class Worker:
 
     @property
     def _idle(self) -> bool:
-        return self._scheduler.idle and (self._pipeline is None or self._pipeline.empty)
+        return not self._parked and self._scheduler.idle and (self._pipeline is None or self._pipeline.empty)
 
     def _step(self) -> bool:
         if self._pipeline is None:

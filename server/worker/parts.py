@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from model.config import read_config
 from model.errors import DeviceError
 from model.gpt2 import GPT2
 from model.gpu import cuda
@@ -90,15 +91,24 @@ def make_variants(start: Start, networks: Networks) -> Variants:
     return Variants(networks.network, networks.ops, start.variant_bytes, Path(start.model))
 
 
+def make_grammars(start: Start) -> Grammars:
+    return Grammars(lambda: _vocabulary(start))
+
+
 def make_runner(
-    start: Start, networks: Networks, num_blocks: int, variants: Variants, recorded: Recorded | None = None
+    start: Start,
+    networks: Networks,
+    num_blocks: int,
+    variants: Variants,
+    grammars: Grammars,
+    recorded: Recorded | None = None,
 ) -> Runner | GraphRunner:
     """With KV pools of its own, all zeros. recorded: told of each CUDA graph.
 
     Raises DeviceError where a GPU has no room for the pools.
     """
     try:
-        runner = _make_runner(start, networks, num_blocks, variants)
+        runner = _make_runner(start, networks, num_blocks, variants, grammars)
         if isinstance(runner, GraphRunner):
             runner.capture(recorded)
         return runner
@@ -109,7 +119,9 @@ def make_runner(
         ) from error
 
 
-def _make_runner(start: Start, networks: Networks, num_blocks: int, variants: Variants) -> Runner | GraphRunner:
+def _make_runner(
+    start: Start, networks: Networks, num_blocks: int, variants: Variants, grammars: Grammars
+) -> Runner | GraphRunner:
     graphs = networks.device.type == "cuda" and not start.drafts  # guesses are verified by the plain runner
 
     def make_cache(network: GPT2) -> KVCache:  # with graphs, one block more: where rows that pad a batch write
@@ -120,7 +132,6 @@ def _make_runner(start: Start, networks: Networks, num_blocks: int, variants: Va
         draft = networks.draft
         drafter = PromptLookup() if draft is None else DraftModel(draft, make_cache(draft), networks.device)
     network, cache = networks.network, make_cache(networks.network)
-    grammars = Grammars(lambda: _vocabulary(start, network.config.vocab_size))
     plain = Runner(
         network,
         cache,
@@ -164,5 +175,6 @@ def make_speculation(start: Start, networks: Networks) -> SpeculationController 
     return SpeculationController(start.drafts, cost=networks.draft_cost) if start.drafts else None
 
 
-def _vocabulary(start: Start, vocab_size: int) -> Vocabulary:
-    return Vocabulary(read_tokenizer(Path(start.model), vocab_size, start.eos_token_ids, forced=True))
+def _vocabulary(start: Start) -> Vocabulary:
+    config = read_config(Path(start.model))
+    return Vocabulary(read_tokenizer(Path(start.model), config.vocab_size, start.eos_token_ids, forced=True))

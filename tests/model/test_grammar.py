@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import re
+import threading
+import time
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 import model
+from model import grammar
 from model.byte_level import ByteLevelTokenizer
 from model.errors import GrammarError
 from model.grammar import Grammars, Matcher, Vocabulary
@@ -96,14 +99,14 @@ def test_copies_go_their_own_ways() -> None:
 
 def test_a_matcher_can_be_had_again_from_the_output() -> None:
     grammars = Grammars(vocabulary)
-    grammar = "start: /(ab|c){3,9}é/"
+    written = "start: /(ab|c){3,9}é/"
     chance, output = random.Random(3), list[int]()
-    matcher = grammars.matcher(grammar, [])
+    matcher = grammars.matcher(written, [])
     while matcher.state is GrammarState.OPEN:
         token = chance.choice(sorted(allowed(matcher)))
         output.append(token)
         matcher.advance([token])
-        again = grammars.matcher(grammar, output)
+        again = grammars.matcher(written, output)
         assert (again.state, again.allowed) == (matcher.state, matcher.allowed)
 
 
@@ -116,8 +119,8 @@ def test_a_worker_that_sees_no_grammar_makes_no_vocabulary() -> None:
 
     grammars = Grammars(load)
     assert not made
-    for grammar in ("start: /a/", "start: /b/"):
-        assert grammars.matcher(grammar, []).state is GrammarState.OPEN
+    for written in ("start: /a/", "start: /b/"):
+        assert grammars.matcher(written, []).state is GrammarState.OPEN
     assert len(made) == 1
 
 
@@ -157,3 +160,75 @@ def test_every_end_is_allowed_where_a_grammar_is_matched_and_ends_it() -> None:
     matcher = both.compile("start: /ab?/")
     matcher.advance([ord("a"), ord("b")])
     assert matcher.state is GrammarState.COMPLETE
+
+
+def test_neither_the_vocabulary_nor_a_grammar_is_made_by_the_thread_that_computes_steps() -> None:
+    made: list[int] = []
+
+    def load() -> Vocabulary:
+        made.append(threading.get_ident())
+        return vocabulary()
+
+    grammars = Grammars(load)
+    grammars.begin().result(60)
+    assert made
+    assert made[0] != threading.get_ident()
+    preparing = grammars.prepare("start: /ab*/")
+    assert preparing is not None
+    preparing.result(60)
+    assert grammars.prepare("start: /ab*/") is None, "it is compiled"
+    assert grammars.matcher("start: /ab*/", []).state is GrammarState.OPEN
+    assert len(made) == 1
+
+
+def test_a_mask_that_takes_long_is_computed_beside_what_its_asker_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is the same one."""
+    computed: list[str] = []
+    compute = Matcher._compute
+
+    def recorded(matcher: Matcher) -> bytes:
+        computed.append(threading.current_thread().name)
+        return compute(matcher)
+
+    plain = vocabulary().compile("start: /(ab|c){3,9}é/")
+    monkeypatch.setattr(grammar, "SLOW", 0.0)
+    monkeypatch.setattr(Matcher, "_compute", recorded)
+    matcher = Grammars(vocabulary).matcher("start: /(ab|c){3,9}é/", [])
+    computed.clear()
+    chance = random.Random(1)
+    while plain.state is GrammarState.OPEN:
+        token = chance.choice(sorted(allowed(plain)))
+        plain.advance([token])
+        matcher.advance([token])
+        assert (matcher.allowed, matcher.state) == (plain.allowed, plain.state)
+        computed = [name for name in computed if name != threading.current_thread().name]
+    assert any(name.startswith("masks") for name in computed)
+
+
+def test_the_samples_of_a_request_share_the_first_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = Grammars(vocabulary)
+    first = grammars.matcher("start: /a[bc]+/", [])
+    assert first.allowed is not None
+    monkeypatch.setattr(Matcher, "_compute", None)
+    assert all(grammars.matcher("start: /a[bc]+/", []).allowed is first.allowed for _ in range(8))
+
+
+def test_a_step_of_an_ambiguous_grammar_takes_a_bounded_time_or_is_refused() -> None:
+    """Its states grow with the text: what they may grow to is bounded."""
+    endless = "start: x\nx: x x x | x x | /[a-z]/ | /[a-z ]/"
+    started = time.thread_time()
+    try:
+        matcher = vocabulary().compile(endless)
+        for _ in range(30):
+            if matcher.allowed is None:
+                break
+            matcher.advance([97])
+    except GrammarError:
+        pass
+    assert time.thread_time() - started < 5, "of processor time; without a bound it took minutes"
+
+
+def test_a_lost_matcher_stays_lost_whatever_comes() -> None:
+    matcher = Grammars(vocabulary).matcher("start: /(/", [])
+    matcher.advance([97])
+    assert (matcher.state, matcher.allowed) == (GrammarState.LOST, None)

@@ -14,7 +14,7 @@ from benchmarks.gpu import Engine, prompts_of, start_of
 from model.errors import DeviceError
 from model.gpu import cuda
 from model.loading import choose_device, choose_dtype, choose_ops
-from server.worker.parts import count_blocks, load_networks, make_runner, make_variants
+from server.worker.parts import count_blocks, load_networks, make_grammars, make_runner, make_variants
 
 Made = Callable[..., tuple[Path, GPT2LMHeadModel]]
 needs_gpu = pytest.mark.skipif(not cuda.available(), reason="no CUDA device on this machine")
@@ -50,7 +50,13 @@ def test_a_pool_that_does_not_fit_is_refused(make_checkpoint: Made) -> None:
     start = start_of(directory, "cuda", "float32", 1)
     networks = load_networks(start)
     with pytest.raises(DeviceError, match="--gpu-memory-utilization"):
-        make_runner(start, networks, 1000 * count_blocks(start, networks) + (1 << 30), make_variants(start, networks))
+        make_runner(
+            start,
+            networks,
+            1000 * count_blocks(start, networks) + (1 << 30),
+            make_variants(start, networks),
+            make_grammars(start),
+        )
 
 
 @pytest.mark.skipif(cuda.available(), reason="a machine without a CUDA device is needed")

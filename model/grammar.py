@@ -22,7 +22,7 @@ from model.tokenizer import Tokenizer
 # Work that compiling a grammar, or one step of it, may take: tens of ms, beyond which it is refused or given up.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
-    step_lexer_fuel=200_000,
+    step_lexer_fuel=500_000,
     step_max_items=4_000,
     max_lexer_states=30_000,
     max_grammar_size=200_000,

@@ -153,7 +153,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the api process says when to end, by closing the pipe
     directory, vocab_size, whitespace, *eos_token_ids = sys.argv[1:]
     ends = tuple(map(int, eos_token_ids))
-    vocabulary = Vocabulary(read_tokenizer(Path(directory), int(vocab_size), ends, forced=True))
+    tokenizer = read_tokenizer(Path(directory), int(vocab_size), ends, forced=True)
+    tokenizer.encode_plain("a")  # what it needs for that is made here once, and not in every fork
+    vocabulary = Vocabulary(tokenizer)
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:

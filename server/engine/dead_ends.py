@@ -17,7 +17,7 @@ STEPS = 48  # of each
 CPU_SECONDS = 0.04  # for all: a walk that takes longer is not gone to its end
 DEAD_END = "it leads to where nothing can follow although it is not matched, or where finding out takes too long"
 TOO_SLOW = "finding out what may follow takes too long"
-STEP_CPU_SECONDS = 0.05  # that finding out what may follow may take at any place
+STEP_CPU_SECONDS = 0.1  # that finding out what may follow may take at any place
 LIKELY = b'"}],:0a]}" \n'  # what brings a walk on: the ends of texts, lists and objects
 
 

@@ -15,7 +15,8 @@ from server.worker.channel import WorkerChannel
 from server.worker.messages import Abort, Sample, Start, Submit
 
 PLAIN = Submit(SamplingParams(seed=1, max_tokens=6), [[1, 2]], [Sample(1, 0)])
-WITH_GRAMMAR = Submit(SamplingParams(seed=1, max_tokens=40, grammar="start: /abc/"), [[3]], [Sample(2, 0), Sample(3, 0)])
+GRAMMAR = SamplingParams(seed=1, max_tokens=40, grammar="start: /abc/")
+WITH_GRAMMAR = Submit(GRAMMAR, [[3]], [Sample(2, 0), Sample(3, 0)])
 
 
 @pytest.fixture

@@ -281,7 +281,7 @@ def bytes_of(piece: str, alphabet: Mapping[str, int]) -> bytes:
 def read_vocab(files: TokenizerFiles) -> dict[str, int]:
     """Raises TokenizerError."""
     if files.json is None:
-        if not is_file(files.directory / "vocab.json"):
+        if not all(is_file(files.directory / name) for name in ("vocab.json", "merges.txt")):
             raise TokenizerError(
                 "the checkpoint has neither vocab.json and merges.txt nor tokenizer.json, vocab.txt or spiece.model"
             )

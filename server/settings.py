@@ -164,7 +164,7 @@ class Settings(BaseModel):
     speculative_model: str | None = _flag(
         "speculation", "smaller model of the same vocabulary that guesses; a directory or a Hugging Face id", None
     )
-    num_speculative_tokens: int = _flag("speculation", "most tokens guessed at a time", 5, ge=1, le=32)
+    num_speculative_tokens: int = _rare("most tokens guessed at a time", 5, ge=1, le=32)
 
     # Limits
     request_timeout: float = _flag("limits", "seconds a request may take, its wait included", 600, gt=0, le=86400)
@@ -172,7 +172,7 @@ class Settings(BaseModel):
         "limits", "tokens of prompts and completions a key may use in a minute; default: any number", None, ge=1
     )
     max_num_queued_reqs: int = _flag("limits", "requests that may wait for their first token", 256, ge=1)
-    max_num_queued_tokens: int = _flag("limits", "prompt tokens that may wait", 65536, ge=1)
+    max_num_queued_tokens: int = _rare("prompt tokens that may wait", 65536, ge=1)
     clamp_max_tokens: bool = _flag(
         "limits",
         "cut a max_tokens that does not fit to what the prompt leaves of the context, instead of an error",

@@ -55,7 +55,7 @@ def another_shape(directory: Path) -> None:
     [
         (truncate, "model.safetensors is damaged"),
         (disguise_a_pickle, "model.safetensors is damaged or no safetensors file"),
-        (only_a_pickle, "pickled, which can execute code; convert it once"),
+        (only_a_pickle, "pickled, which can execute code; make of it what is served: gpt2-server convert"),
         (no_config, "cannot read config.json"),
         (no_vocabulary, "neither vocab.json and merges.txt nor tokenizer.json"),
         (another_shape, "the checkpoint lacks h.2."),

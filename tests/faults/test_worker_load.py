@@ -25,7 +25,7 @@ LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 def small(tiny: Path) -> Iterator[RunningServer]:
     """A KV pool of one context: 1024 tokens, as many blocks as one sequence may need."""
     flags = ("--kv-cache-gib", "0.001", "--max-num-seqs", "32", "--max-num-queued-reqs", "100000")
-    with serving(tiny, "--threads", "1", *flags, "--max-num-queued-tokens", "10000000") as server:
+    with serving(tiny, "--threads", "1", *flags, env={"GPT2_SERVER_MAX_NUM_QUEUED_TOKENS": "10000000"}) as server:
         yield server
 
 

@@ -68,6 +68,7 @@ class ByteLevelTokenizer:
         for text, id_ in {**(unmade or {}), **added}.items():
             if id_ < vocab_size:
                 self._bytes[id_] = bytes_of(text, alphabet)
+        self._beyond = {id_: bytes_of(text, alphabet) for text, id_ in added.items() if id_ >= vocab_size}
         self.special_tokens = frozenset(added) - frozenset(plain)
         self.special_ids = frozenset(added[text] for text in self.special_tokens)
         self._kept = frozenset(plain)
@@ -98,7 +99,7 @@ class ByteLevelTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         table = self._bytes
-        return b"".join([table[id_] for id_ in ids])
+        return b"".join([table[id_] if id_ < len(table) else self._beyond.get(id_, b"") for id_ in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")

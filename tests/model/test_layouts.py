@@ -53,6 +53,7 @@ def check_text(directory: Path, count: int) -> None:
     for text in texts(count):
         assert ours.encode_prompt(text) == theirs(text)["input_ids"], text
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+        assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text)), text
     chance = Random(5)
     for _ in range(count):
         ids = [chance.randrange(ours.vocab_size) for _ in range(chance.randrange(1, 9))]

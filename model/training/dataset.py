@@ -177,7 +177,7 @@ def _examples(line: bytes, reader: Reader) -> list[Example]:
         if not completion:
             raise _BadLineError("'completion' is empty")
         pieces = [(_text(value, "prompt"), False), (completion, True)]
-    return _fit(_tokens(pieces, tokenizer), reader)
+    return _fit(_tokens(pieces, tokenizer, by_template="messages" in value), reader)
 
 
 def _preferences(line: bytes, reader: Reader) -> list[Preference]:
@@ -194,7 +194,8 @@ def _preferences(line: bytes, reader: Reader) -> list[Preference]:
         answers = [_answer(muted, name, value, reader) for name in ("preferred_output", "non_preferred_output")]
     if not all(any(text for text, learnt in pieces if learnt) for pieces in answers):
         raise _BadLineError("an answer is empty")
-    chosen, rejected = (_tokens(pieces, reader.tokenizer) for pieces in answers)
+    by_template = "chosen" not in value
+    chosen, rejected = (_tokens(pieces, reader.tokenizer, by_template=by_template) for pieces in answers)
     if np.array_equal(chosen.tokens, rejected.tokens):
         raise _BadLineError("the two answers are the same")
     fitting = [_fit(each, reader, split=False) for each in (chosen, rejected)]
@@ -295,8 +296,12 @@ def _is_message(message: Any) -> bool:
     )
 
 
-def _tokens(pieces: list[Piece], tokenizer: Tokenizer) -> Example:
-    """Each piece tokenised by itself, as serving does; an empty beginning is `<|endoftext|>`, and so is the end."""
+def _tokens(pieces: list[Piece], tokenizer: Tokenizer, *, by_template: bool = False) -> Example:
+    """Each piece tokenised by itself, as serving does; an empty beginning is `<|endoftext|>`, and so is the end.
+
+    by_template: a chat template has written them, around which a tokenizer puts nothing.
+    """
+    begin = tokenizer.encode if by_template else tokenizer.encode_prompt
     tokens: list[int] = []
     learnt: list[bool] = []
     for text, learn in pieces:
@@ -304,7 +309,7 @@ def _tokens(pieces: list[Piece], tokenizer: Tokenizer) -> Example:
             text.encode()  # tiktoken would put U+FFFD for what is no text
         except UnicodeEncodeError:
             raise _BadLineError("it holds half of a surrogate pair, which is no text") from None
-        ids = tokenizer.encode(text) if tokens else tokenizer.encode_prompt(text)
+        ids = tokenizer.encode(text) if tokens else begin(text)
         if not tokens and (learn or not ids) and tokenizer.start_id is not None:
             tokens, learnt = [tokenizer.start_id], [False]
         tokens += ids

@@ -59,7 +59,6 @@ class ByteLevelTokenizer:
             named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), ends[0])
             ids = tuple(added[text] for text in ends)
             ends = Ends(ids, (), ids[0])
-        added = {text: id_ for text, id_ in added.items() if id_ < vocab_size}  # the model has no others: they are text
         self._ranks = ranks
         self._added = dict(added)
         self._bytes: list[bytes] = [b""] * vocab_size  # ids the model has and the vocabulary lacks decode to nothing
@@ -72,7 +71,7 @@ class ByteLevelTokenizer:
         self._beyond = {id_: bytes_of(text, alphabet) for text, id_ in added.items() if id_ >= vocab_size}
         self.special_tokens = frozenset(added) - frozenset(plain)
         self.special_ids = frozenset(added[text] for text in self.special_tokens)
-        self._kept = frozenset(plain) & added.keys()
+        self._kept = frozenset(plain)
         self.ends = ends
         self.eos_token_ids = ends.ids
         self.eos_token_id = next(iter(ends.ids), None)

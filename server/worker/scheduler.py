@@ -41,6 +41,7 @@ from model.step import NewSequence, SampledToken, ScheduledChunk, StepPlan, Step
 from server.worker.block_pool import BlockPool
 from server.worker.messages import Add, FinishReason, SequenceOutput, Stats
 from server.worker.outputs import output, told, unseen
+from server.worker.prefixes import Prefixes
 from server.worker.sequence import Sequence, Status
 from server.worker.speculation import SpeculationController
 from server.worker.turns import PREEMPTIONS_BEFORE_RESERVE, Turns
@@ -78,6 +79,7 @@ class Scheduler:
         self.ageing_steps = ageing_steps
         self._speculation = speculation
         self._turns = Turns(pool, max_num_seqs)
+        self._prefixes = Prefixes(pool)
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -133,7 +135,7 @@ class Scheduler:
         """Take a sequence off the queue it is in. All blocks are freed here, but those lent to guesses."""
         queue = self._running if sequence.status is Status.RUNNING else self._waiting
         if sequence.continued and status is Status.FINISHED:
-            self._register_tail(sequence)
+            self._prefixes.register_tail(sequence)
         del queue[bisect_left(queue, sequence.rank, key=_rank)]
         if sequence.status is Status.RUNNING:
             self._removed.append(sequence.id)
@@ -248,7 +250,7 @@ class Scheduler:
         return need if fits else None
 
     def _fits(self, sequence: Sequence) -> bool:
-        return self._room(sequence, self._cached_blocks(sequence)) is not None
+        return self._room(sequence, self._prefixes.full_blocks(sequence)) is not None
 
     def _admit(self, sequence: Sequence, background: bool) -> Sequence | None:
         """Start the first of the queue, if it is of this kind and there is a seat and blocks for all its tokens."""
@@ -256,13 +258,13 @@ class Scheduler:
             return None
         if sequence.in_flight:  # preempted while a plan was to sample its next token: wait for that
             return None
-        cached = self._cached_blocks(sequence)
+        cached = self._prefixes.full_blocks(sequence)
         need = self._room(sequence, cached)
         if need is None:
             return None
         del self._waiting[bisect_left(self._waiting, sequence.rank, key=_rank)]
         insort(self._running, sequence, key=_rank)
-        tail = self._tail(sequence, len(cached)) if sequence.continued else None
+        tail = self._prefixes.tail(sequence, len(cached)) if sequence.continued else None
         self.pool.share(cached)
         sequence.status = Status.RUNNING
         sequence.block_table = cached + self.pool.allocate(need)
@@ -273,26 +275,6 @@ class Scheduler:
             sequence.copy_from = tail
         self._count_hits(sequence)
         return sequence
-
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        if not self.pool.enable_prefix_caching:
-            return []
-        full = min(len(sequence.tokens) // self.pool.block_size, self.pool.blocks_for(sequence.reusable))
-        return self.pool.match(sequence.leading_keys(full, self.pool.block_size))
-
-    def _tail(self, sequence: Sequence, full: int) -> int | None:
-        """The block that holds what it can reuse behind so many full ones; its content is there until the next plan."""
-        if not self.pool.enable_prefix_caching or sequence.reusable // self.pool.block_size != full:
-            return None
-        key = sequence.tail_key(sequence.reusable, self.pool.block_size)
-        return next(iter(self.pool.match([] if key is None else [key])), None)
-
-    def _register_tail(self, sequence: Sequence) -> None:
-        """Let those that go on from it find its last block, which is not full."""
-        known = min(sequence.computed, len(sequence.tokens))
-        key = sequence.tail_key(known, self.pool.block_size)
-        if key is not None and self.pool.blocks_for(known) <= len(sequence.block_table):
-            self.pool.register(sequence.block_table[known // self.pool.block_size], key)
 
     def _count_hits(self, sequence: Sequence) -> None:
         if sequence.preemptions == 0:  # finding its own blocks again is no hit
@@ -308,7 +290,7 @@ class Scheduler:
         if not sequence.background:
             self._turns.shares.charge(sequence.owner, count)
         samples = sequence.samples and sequence.computed == sequence.total
-        self._register(sequence)
+        self._prefixes.register(sequence)
         sequence.in_flight += samples
         copied, sequence.copy_from = self._copy(sequence, start), None
         blocks = sequence.block_table[known_blocks:]
@@ -319,15 +301,6 @@ class Scheduler:
         if sequence.copy_from is None:
             return None
         return sequence.copy_from, sequence.block_table[start // self.pool.block_size]
-
-    def _register(self, sequence: Sequence) -> None:
-        """Let others find the blocks it has filled with known tokens."""
-        full = min(sequence.computed, len(sequence.tokens)) // self.pool.block_size
-        if self.pool.enable_prefix_caching and full > sequence.registered:
-            keys = sequence.leading_keys(full, self.pool.block_size)
-            for i in range(sequence.registered, full):
-                self.pool.register(sequence.block_table[i], keys[i])
-            sequence.registered = full
 
     def _allow_drafts(self, chunks: list[ScheduledChunk], budget: int, speculation: SpeculationController) -> None:
         """Let chunks that sample take guesses along, as far as budget and free blocks go: nobody yields to a guess."""

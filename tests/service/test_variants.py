@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_an_adapter_that_does_not_fit_stops_the_start(modules: list[str], tiny: 
     process = start(tiny, "--lora-modules", modules[0])
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 78
-    assert "one: the adapter has base_model.model.transformer.h." in output
+    assert re.search(r"one: the adapter has .base_model\.model\.transformer\.h\.\d", output)
     assert "Traceback" not in output
 
 
@@ -168,7 +169,7 @@ def test_an_adapter_that_does_not_fit_stops_the_start(modules: list[str], tiny: 
     ("module", "message"),
     [
         ("one", "'one' is not name=directory"),
-        ("one=/nowhere", "is not name=directory"),
+        ("one=/nowhere", "'one': '/nowhere' is no directory"),
         ("davinci={}", "'davinci' is a name of the model itself"),
         ("one={}", "one: cannot read config.json"),
     ],

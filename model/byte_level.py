@@ -12,21 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tiktoken
 
-from model import files as model_files
 from model.errors import TokenizerError
-from model.files import VOCABULARY_BYTES, is_file
+from model.files import is_file
+from model.tokenizer_files import AddedToken, TokenizerFiles, is_vocab, read_json, read_text
 from model.vocabulary import Ends, decide_ends, embeds_all
-
-if TYPE_CHECKING:
-    from model.tokenizer_files import AddedToken, TokenizerFiles
 
 # GPT-2's pre-tokenizer (Radford et al. 2019), with possessive quantifiers so that no text backtracks.
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-END_OF_TEXT = "<|endoftext|>"
 # sha256 of the merges of OpenAI's own GPT-2, one a line
 OPENAI_PAIRS = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"
 ADDED_MAX = 64  # added tokens that are held against each other
@@ -289,7 +285,7 @@ def read_vocab(files: TokenizerFiles) -> dict[str, int]:
         return read_json(files.directory / "vocab.json")
     model = files.json.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocab, dict) or not _is_vocab(vocab):
+    if not isinstance(vocab, dict) or not is_vocab(vocab):
         raise TokenizerError("tokenizer.json does not hold a vocabulary")
     return vocab
 
@@ -309,26 +305,6 @@ def read_merges(files: TokenizerFiles) -> Iterator[tuple[str, str]]:
             yield pair[0], pair[1]
         else:
             raise TokenizerError("tokenizer.json: a merge is not a pair of tokens")
-
-
-def read_text(path: Path) -> str:
-    return model_files.read_text(path, VOCABULARY_BYTES, TokenizerError)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    value = model_files.read_json(path, VOCABULARY_BYTES, TokenizerError)
-    if not isinstance(value, dict) or (path.name == "vocab.json" and not _is_vocab(value)):
-        raise TokenizerError(f"{path.name} does not hold a vocabulary")
-    return value
-
-
-def _is_vocab(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) > 1
-        and all(type(id_) is int and id_ >= 0 for id_ in value.values())  # a boolean is no id
-        and len(set(value.values())) == len(value)
-    )
 
 
 def _read_merges(path: Path) -> Iterator[tuple[str, str]]:

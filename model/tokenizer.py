@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from model.byte_level import END_OF_TEXT, read_byte_level
+from model.byte_level import read_byte_level
 from model.files import is_file
-from model.tokenizer_files import SPIECE_NAMES, Kind, TokenizerFiles, read_files
+from model.tokenizer_files import END_OF_TEXT, SPIECE_NAMES, Kind, TokenizerFiles, read_files
 from model.unigram import read_spiece
 from model.vocabulary import Ends
 

@@ -13,10 +13,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from model.byte_level import END_OF_TEXT, read_json
+from model import files as model_files
 from model.errors import TokenizerError
-from model.files import is_file
+from model.files import VOCABULARY_BYTES, is_file
 
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's own
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 SPIECE_NAMES = ("spiece.model", "tokenizer.model", "sentencepiece.model")
@@ -215,3 +216,23 @@ def _list(value: object) -> list[Any]:
 def _object(path: Path) -> dict[str, Any]:
     """Empty where there is no such file."""
     return read_json(path) if is_file(path) else {}
+
+
+def read_text(path: Path) -> str:
+    return model_files.read_text(path, VOCABULARY_BYTES, TokenizerError)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    value = model_files.read_json(path, VOCABULARY_BYTES, TokenizerError)
+    if not isinstance(value, dict) or (path.name == "vocab.json" and not is_vocab(value)):
+        raise TokenizerError(f"{path.name} does not hold a vocabulary")
+    return value
+
+
+def is_vocab(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) > 1
+        and all(type(id_) is int and id_ >= 0 for id_ in value.values())  # a boolean is no id
+        and len(set(value.values())) == len(value)
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 from model.config import parse_config
 from model.conversion.layout import DTYPES, LazyTensor, Source
 from model.errors import ConversionError
-from model.weights import SINGLE_FILE, expected_shapes
+from model.weights import SINGLE_FILE, all_finite, expected_shapes
 
 SOURCE_FILE = "SOURCE.json"
 READ_BYTES = 1 << 20
@@ -87,7 +87,7 @@ def _bytes(name: str, lazy: LazyTensor) -> memoryview:
     tensor: Tensor = lazy.read().detach()
     if tuple(tensor.shape) != lazy.shape or tensor.dtype != lazy.dtype:
         raise ConversionError(f"{name} is not what its file announces")
-    if tensor.numel() and not all(map(math.isfinite, map(float, torch.aminmax(tensor)))):  # NaN wins over every number
+    if not all_finite(tensor):
         raise ConversionError(f"{name} holds NaN or infinity")
     tensor = tensor.to(_stored_dtype(name, lazy)).contiguous()
     data: memoryview = tensor.flatten().view(torch.uint8).numpy().data

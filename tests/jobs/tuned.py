@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 from asking import LIMITS, MODEL
@@ -28,6 +28,8 @@ from server.jobs.recipe import Machine
 from server.jobs.store import open_store
 from server.jobs.tuning import FineTuning, make_fine_tuning
 from server.metrics import Metrics
+from server.worker.channel import EngineChannel
+from server.worker.messages import Load, Loaded, Ready, ToWorker
 
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_trainer.py"))
 CONFIG = ModelConfig(
@@ -89,6 +91,19 @@ class Tuned:
         path.touch()
 
 
+class Loading:
+    """The channel of a worker that loads whatever it is told to, and computes nothing."""
+
+    sent = 0
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def send(self, message: ToWorker) -> None:
+        if isinstance(message, Load):
+            asyncio.get_running_loop().call_soon(self._engine.worker_loaded, 0, Loaded(message.key))
+
+
 @asynccontextmanager
 async def tuned(
     directory: Path, base: Path, *, running: bool = True, url: str | None = None, **machine: Any
@@ -98,6 +113,7 @@ async def tuned(
     variants = Variants(CONFIG)
     observer = Observer(Metrics("gpt2", "0", 1))
     engine = Engine(tokenizer(), Admission(9, 999), observer, request_timeout=60, stall_timeout=60, variants=variants)
+    engine.worker_ready(0, Ready("scripted", 16, 99, 0.0), cast(EngineChannel, Loading(engine)))
     tuning = make_fine_tuning(store, engine, "gpt2", base, CONFIG, Machine(device="cpu", threads=1, **machine))
     model = replace(MODEL, variants=variants)
     app = create_app(

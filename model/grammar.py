@@ -152,8 +152,13 @@ class Vocabulary:
         if not tokenizer.byte_level or not tokenizer.eos_token_ids:
             raise GrammarError("grammars need a vocabulary of bytes, with a token that ends a text")
         self._ends = frozenset(tokenizer.eos_token_ids)
-        self._tokenizer = LLTokenizer(_Words(tokenizer), eos_token=list(tokenizer.eos_token_ids))
-        self._bytes = {tokenizer.token_bytes(id_): id_ for id_ in reversed(range(tokenizer.vocab_size))}
+        words = _Words(tokenizer)
+        self._tokenizer = LLTokenizer(words, eos_token=list(tokenizer.eos_token_ids))
+        # The first token of each single byte. Of the other words llguidance has its own copy by now.
+        self._bytes = {
+            words.tokens[id_]: id_ for id_ in reversed(range(tokenizer.vocab_size)) if len(words.tokens[id_]) == 1
+        }
+        words.tokens = []
 
     def tokens_of(self, raw: bytes) -> list[int]:
         """The token of each byte by itself."""

@@ -74,6 +74,9 @@ BUBBLE = [
     "bwrap", "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev",
     "--uid", "10001", "--gid", "10001", "--clearenv", "--setenv", "PATH", "/usr/bin:/bin",
 ]  # fmt: skip
+# PyTorch imports dill where it is installed, and dill wants a directory for temporary files. The server does not need
+# dill: it is here because a development tool asks for it.
+WITHOUT_DILL = "import sys; sys.modules['dill'] = None"
 INSIDE = """
 import json, os, subprocess, sys, urllib.request
 server = subprocess.Popen(
@@ -101,14 +104,26 @@ print(server.wait(20), "Traceback" in rest)
 """
 
 
-def test_f11_no_disk_no_home_no_network_no_name(tiny: Path) -> None:
+def test_f11_no_disk_no_home_no_network_no_name(tiny: Path, tmp_path: Path) -> None:
     """A read-only root, an empty environment, loopback alone, and a user that nobody has heard of."""
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
     tried = subprocess.run([*BUBBLE, "true"], capture_output=True, check=False)
     if tried.returncode != 0:
         pytest.skip(f"bubblewrap may not do this here: {tried.stderr.decode().strip()}")
-    python = ["--setenv", "PYTHONPATH", str(ROOT), "--chdir", str(ROOT), sys.executable, "-B", "-c", INSIDE, str(tiny)]
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_DILL)
+    python = [
+        "--setenv",
+        "PYTHONPATH",
+        f"{tmp_path}:{ROOT}",
+        "--chdir",
+        str(ROOT),
+        sys.executable,
+        "-B",
+        "-c",
+        INSIDE,
+        str(tiny),
+    ]
     ran = subprocess.run(
         [*BUBBLE, *python], capture_output=True, text=True, timeout=120, check=False, env={"PATH": os.environ["PATH"]}
     )
